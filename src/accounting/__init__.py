@@ -1,0 +1,35 @@
+"""Parameters, FLOPs and bytes: the one place where they are computed. Imports nothing else of this package."""
+
+from xlstm_scaling.accounting.architecture import CONVENTIONS, Architecture, Flops
+from xlstm_scaling.accounting.counts import (
+    ARCHITECTURES,
+    architecture,
+    count_flops,
+    count_params,
+    make_shape,
+    prefill_bytes,
+    prefill_flops,
+    step_bytes,
+    step_flops,
+    training_flops,
+    weight_bytes,
+)
+from xlstm_scaling.accounting.shapes import ModelShape
+
+__all__ = [
+    "ARCHITECTURES",
+    "CONVENTIONS",
+    "Architecture",
+    "Flops",
+    "ModelShape",
+    "architecture",
+    "count_flops",
+    "count_params",
+    "make_shape",
+    "prefill_bytes",
+    "prefill_flops",
+    "step_bytes",
+    "step_flops",
+    "training_flops",
+    "weight_bytes",
+]

@@ -1,0 +1,134 @@
+"""Accounting of the xLSTM (mLSTM blocks only)."""
+
+from __future__ import annotations
+
+import math
+
+from xlstm_scaling.accounting.architecture import Architecture
+from xlstm_scaling.accounting.shapes import ModelShape, ceil_to_multiple, require_divisible
+
+QK_DIM_FACTOR = 0.5
+#: share of the intra-chunk work that a two-level tiled kernel does where the chunk is longer than one tile
+TFLA_CAUSAL_FACTOR = 0.75
+TFLA_TILE = 64
+
+
+def _ratio(numerator: int, denominator: int) -> float:
+    """Exact integer where it divides."""
+    return numerator // denominator if numerator % denominator == 0 else numerator / denominator
+
+
+def cell_flops_chunkwise(chunk: int, d_qk: int, d_v: int) -> int:
+    """Forward FLOPs of one head over one chunk of L tokens, the paper's convention.
+
+    Inter-chunk recurrence plus intra-chunk parallel part; each scalar function counts 1.
+    """
+    L = chunk
+    recurrent = (
+        L * (L + 1) // 2 + 2 * L + 5 + 5 * L + 2 * d_qk * d_v + 4 * L * d_qk * d_v + 3 * L * d_qk + 2 * d_qk
+        + 4 * L * d_qk
+    )  # fmt: skip
+    parallel = (
+        L * (L + 1) // 2 + 6 * L**2 + 2 * L + 2 * L**2 * d_qk + 2 * L**2 + 2 * L**2 * d_v + 2 * L**2 + 7 * L
+        + 2 * L * d_v
+    )  # fmt: skip
+    return recurrent + parallel
+
+
+def cell_flops_tfla(chunk: int, d_qk: int, d_v: int) -> float:
+    """Forward FLOPs of one head over one chunk as a two-level tiled kernel (TFLA) computes it."""
+    L = chunk
+    recurrent = (
+        2 * L + L * (L + 1) // 2 + 4 * L + 5 + 2 * d_qk * d_v + 2 * L * d_qk * d_v + L * d_qk + 2 * d_qk
+        + 2 * L * d_qk
+    )  # fmt: skip
+    causal = TFLA_CAUSAL_FACTOR if L > TFLA_TILE else 1
+    intra = causal * (5 * L**2 + 2 * L + 2 * L**2 * (d_qk + d_v) + 3 * L**2) + L * (L + 1) // 2 + 2 * L
+    inter = 2 * L * d_qk * d_v + 3 * L * d_qk
+    combination = 2 * L * d_v + 4 * L
+    return recurrent + intra + inter + combination
+
+
+class XLSTM(Architecture):
+    name = "xlstm"
+
+    def shape(
+        self, embedding_dim: int, num_blocks: int, num_heads: int, vocab_size: int, chunk_size: int = 64
+    ) -> ModelShape:
+        head_dim_v = require_divisible(self.name, "embedding_dim", embedding_dim, num_heads, "num_heads")
+        return ModelShape(
+            arch=self.name,
+            embedding_dim=embedding_dim,
+            num_blocks=num_blocks,
+            num_heads=num_heads,
+            head_dim_qk=require_divisible(self.name, "head_dim_v", head_dim_v, 2, "1 / qk_dim_factor"),
+            head_dim_v=head_dim_v,
+            ffn_dim=ceil_to_multiple(math.ceil(2.667 * embedding_dim), 64),
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+        )
+
+    def block_linear_params(self, shape: ModelShape) -> int:
+        d, heads = shape.embedding_dim, shape.num_heads
+        qkv = d * heads * (2 * shape.head_dim_qk + shape.head_dim_v)
+        gates = 2 * d * heads  # input and forget gate, one scalar a head
+        output_gate_and_projection = 2 * d * heads * shape.head_dim_v
+        return qkv + gates + output_gate_and_projection + 3 * d * shape.ffn_dim
+
+    def block_other_params(self, shape: ModelShape) -> int:
+        # gate biases; pre-norm and multi-head norm; norm of the feed-forward
+        return 2 * shape.num_heads + 2 * shape.embedding_dim + shape.embedding_dim
+
+    def block_mixing_flops(self, shape: ModelShape, context_length: int, convention: str) -> float:
+        cell = cell_flops_tfla if convention == "tfla" else cell_flops_chunkwise
+        per_chunk = cell(shape.chunk_size, shape.head_dim_qk, shape.head_dim_v)
+        total = shape.num_heads * context_length * per_chunk
+        return _ratio(total, shape.chunk_size) if isinstance(total, int) else total / shape.chunk_size
+
+    def block_other_flops(self, shape: ModelShape, context_length: int) -> float:
+        return context_length * shape.num_heads * shape.head_dim_v + 2 * context_length * shape.ffn_dim
+
+    def block_backbone_flops_per_token(self, shape: ModelShape) -> float:
+        d, heads, d_v = shape.embedding_dim, shape.num_heads, shape.head_dim_v
+        return (
+            4 * d  # norm and skip
+            + 2 * d * heads * (2 * shape.head_dim_qk + d_v)
+            + 2 * d * heads
+            + 2 * heads
+            + 2 * d * heads * d_v
+            + heads * d_v
+            + 3 * heads * d_v
+            + 2 * d * heads * d_v
+            + 4 * d  # norm and skip
+            + 6 * d * shape.ffn_dim
+            + 2 * shape.ffn_dim
+        )
+
+    def block_prefill_mixing_flops(self, shape: ModelShape, prefill_length: int) -> float:
+        chunks = -(-prefill_length // shape.chunk_size)
+        return shape.num_heads * chunks * cell_flops_tfla(shape.chunk_size, shape.head_dim_qk, shape.head_dim_v)
+
+    def block_step_mixing_flops(self, shape: ModelShape, position: int) -> float:
+        d_qk, d_v = shape.head_dim_qk, shape.head_dim_v
+        return shape.num_heads * (9 + 4 * d_qk * d_v + 6 * d_qk + d_v + 3 + 2 * d_qk * d_v + d_qk)
+
+    def _state_scalars(self, shape: ModelShape) -> int:
+        return shape.head_dim_qk * shape.head_dim_v + shape.head_dim_qk + 1  # C, n, m of a head
+
+    def block_prefill_mixing_bytes(self, shape: ModelShape, prefill_length: int, act: int, state: int) -> float:
+        L, d_qk, d_v = shape.chunk_size, shape.head_dim_qk, shape.head_dim_v
+        states = self._state_scalars(shape)
+        recurrent = act * (L * (d_qk + d_v) + 2 * L) + state * states
+        parallel = act * (L * (2 * d_qk + d_v) + 2 * L) + state * states + act * L * d_v + state * 2 * L
+        return shape.num_heads * -(-prefill_length // L) * (recurrent + parallel)
+
+    def block_step_mixing_bytes(self, shape: ModelShape, position: int, act: int, state: int) -> float:
+        d_qk, d_v = shape.head_dim_qk, shape.head_dim_v
+        activations = (2 * d_qk + d_v + 2) + d_v
+        return shape.num_heads * (act * activations + state * 2 * self._state_scalars(shape))
+
+    def block_activation_bytes_per_token(self, shape: ModelShape, act: int) -> float:
+        d, heads, v = shape.embedding_dim, shape.num_heads, shape.num_heads * shape.head_dim_v
+        qkv_and_gates = heads * (2 * shape.head_dim_qk + shape.head_dim_v) + v + 2 * heads
+        linear = (d + qkv_and_gates) + (v + d) + (d + 2 * shape.ffn_dim) + (shape.ffn_dim + d)
+        return act * (linear + 2 * d + v)  # + pre-norm, norm of the feed-forward, multi-head norm

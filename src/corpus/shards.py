@@ -1,0 +1,372 @@
+"""Memory-mapped token shards: written once, atomically; read as one flat array a split.
+
+A tokens folder holds
+
+    meta.json                    what follows, written last: a folder with it is complete
+    tokenizer.json               Hugging Face `tokenizers` format
+    train-00000.bin, ...         token ids, little-endian uint16 (vocab_size <= 65,536) or uint32
+    train.documents.bin          position of each document's first token in the split, little-endian uint64
+    validation-00000.bin, ...
+
+The digest of a split is the SHA-256 of its token stream, so it does not depend on the shard size; `meta["digest"]`
+covers the splits, the document starts, the tokenizer and the vocabulary, and no path, host or time.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import numpy as np
+
+from .errors import CorpusError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+DOCUMENT_DTYPE = "<u8"
+HASH_CHUNK_BYTES = 1 << 22
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest of uint16 and uint32 that holds the ids of a vocabulary."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def content_digest(meta: Mapping[str, Any]) -> str:
+    """The digest of the tokens described by a meta.json: what a training run's loss can depend on."""
+    identity = {
+        "format_version": meta["format_version"],
+        "vocab_size": meta["vocab_size"],
+        "eod_id": meta["eod_id"],
+        "tokenizer": meta["tokenizer"]["sha256"],
+        **{
+            name: [split["num_tokens"], split["digest"], split["documents"]["sha256"]]
+            for name, split in meta["splits"].items()
+        },
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raise CorpusError if the disk of `folder` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise CorpusError(
+            f"The tokens need about {needed_bytes:,} bytes in {folder}, and only {free:,} are free;"
+            " make room or choose another results folder."
+        )
+
+
+class TokensWriter:
+    """Writes a tokens folder; a context manager that leaves the folder as it was unless `commit` is reached.
+
+    folder: created if missing. vocab_size: padded; sets the dtype. shard_tokens: tokens a shard at most.
+    A full disk raises CorpusError with the folder and the bytes needed (`estimated_bytes`, settable, or those written).
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, shard_tokens: int) -> None:
+        self.folder = folder
+        self.dtype = token_dtype(vocab_size)
+        self.vocab_size = vocab_size
+        self.shard_tokens = shard_tokens
+        self.estimated_bytes = 0
+        self._written_bytes = 0
+        self._splits: dict[str, _Split] = {}
+        self._names: list[str] = []  # files under their temporary names, in the order of their creation
+        self._open: list[IO[bytes]] = []
+
+    def __enter__(self) -> Self:
+        with self._disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob("*.tmp"):
+                stale.unlink()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._open:
+            with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
+                file.close()
+        for name in self._names:
+            self._temporary(name).unlink(missing_ok=True)
+
+    def append(self, split: str, tokens: np.ndarray, num_bytes: int) -> None:
+        """Add a document: tokens (n,) with its end-of-document token; num_bytes of UTF-8 text."""
+        with self._disk(tokens.size * np.dtype(self.dtype).itemsize):
+            if split not in self._splits:
+                self._splits[split] = _Split(split, self)
+            self._splits[split].append(tokens, num_bytes)
+
+    def commit(self, tokenizer_json: bytes, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Put all files in place, meta.json last, and return its content.
+
+        meta: what the caller adds; needs `eod_id` and `tokenizer` with its `sha256`.
+        """
+        with self._disk():
+            splits = {name: self._splits[name].close() for name in SPLITS if name in self._splits}
+            self.write_file("tokenizer.json", tokenizer_json)
+            meta = {
+                "format_version": FORMAT_VERSION,
+                "dtype": self.dtype,
+                "vocab_size": self.vocab_size,
+                **meta,
+                "splits": splits,
+            }
+            meta = {"digest": content_digest(meta), **meta}
+            self.write_file("meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+
+            # From here the old tokens are gone: without meta.json a folder is incomplete.
+            (self.folder / "meta.json").unlink(missing_ok=True)
+            for old in [path for split in SPLITS for path in self.folder.glob(f"{split}[-.]*.bin")]:
+                old.unlink()
+            for name in self._names:  # meta.json was created last
+                self._temporary(name).replace(self.folder / name)
+            _sync_folder(self.folder)
+            self._names = []
+        return meta
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a file under its temporary name."""
+        file = self.create_file(name)
+        file.write(content)
+        self.close_file(file)
+
+    def create_file(self, name: str) -> IO[bytes]:
+        """Open a file under its temporary name; `commit` renames it."""
+        self._names.append(name)
+        file = self._temporary(name).open("wb")
+        self._open.append(file)
+        return file
+
+    def close_file(self, file: IO[bytes]) -> None:
+        """Flush a file to the disk and close it."""
+        file.flush()
+        os.fsync(file.fileno())
+        self._written_bytes += file.tell()
+        file.close()
+        self._open.remove(file)
+
+    def _temporary(self, name: str) -> Path:
+        return self.folder / f"{name}.tmp"
+
+    @contextlib.contextmanager
+    def _disk(self, next_bytes: int = 0) -> Iterator[None]:
+        """Turn a full disk into a CorpusError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            open_bytes = sum(split.shard_bytes for split in self._splits.values())
+            needed = max(self.estimated_bytes, self._written_bytes + open_bytes + next_bytes)
+            raise CorpusError(
+                f"The disk is full: the tokens need at least {needed:,} bytes in {self.folder};"
+                " make room or choose another results folder, then rerun the tokens stage."
+            ) from error
+
+
+class _Split:
+    """The files of one split while they are written."""
+
+    def __init__(self, name: str, writer: TokensWriter) -> None:
+        self.name = name
+        self.writer = writer
+        self.num_tokens = self.num_bytes = self.num_documents = 0
+        self.stream_hash = hashlib.sha256()
+        self.shards: list[dict[str, Any]] = []
+        self.file: IO[bytes] | None = None
+        self.shard_left = 0
+        self.shard_bytes = 0
+        self.documents_hash = hashlib.sha256()
+        self.documents_file = writer.create_file(f"{name}.documents.bin")
+
+    def append(self, tokens: np.ndarray, num_bytes: int) -> None:
+        start = np.array([self.num_tokens], dtype=DOCUMENT_DTYPE).tobytes()
+        self.documents_file.write(start)
+        self.documents_hash.update(start)
+        self.num_tokens += tokens.size
+        self.num_bytes += num_bytes
+        self.num_documents += 1
+        tokens = tokens.astype(np.dtype(self.writer.dtype).newbyteorder("<"))
+        while tokens.size:
+            if self.shard_left == 0:
+                self._next_shard()
+            part, tokens = tokens[: self.shard_left], tokens[self.shard_left :]
+            content = part.tobytes()
+            self.file.write(content)
+            self.stream_hash.update(content)
+            self.shard_hash.update(content)
+            self.shard_bytes += len(content)
+            self.shard_left -= part.size
+            self.shards[-1]["num_tokens"] += part.size
+
+    def _next_shard(self) -> None:
+        self._close_shard()
+        self.shards.append({"name": f"{self.name}-{len(self.shards):05d}.bin", "num_tokens": 0})
+        self.file = self.writer.create_file(self.shards[-1]["name"])
+        self.shard_hash = hashlib.sha256()
+        self.shard_left = self.writer.shard_tokens
+
+    def _close_shard(self) -> None:
+        if self.file is not None:
+            self.shards[-1]["sha256"] = self.shard_hash.hexdigest()
+            self.writer.close_file(self.file)
+            self.file, self.shard_bytes = None, 0
+
+    def close(self) -> dict[str, Any]:
+        self._close_shard()
+        self.writer.close_file(self.documents_file)
+        return {
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+            "num_documents": self.num_documents,
+            "digest": self.stream_hash.hexdigest(),
+            "documents": {"name": f"{self.name}.documents.bin", "sha256": self.documents_hash.hexdigest()},
+            "shards": self.shards,
+        }
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames durable, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class TokenSplit:
+    """One split as a flat array of `num_tokens` tokens over memory-mapped shards.
+
+    num_bytes: UTF-8 bytes of its text; num_documents; tokens_per_byte counts the end-of-document tokens, so that
+    bits per byte = loss [nat/token] / ln 2 * tokens_per_byte.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str, meta: Mapping[str, Any]) -> None:
+        self.name = name
+        self.num_tokens: int = meta["num_tokens"]
+        self.num_bytes: int = meta["num_bytes"]
+        self.num_documents: int = meta["num_documents"]
+        self.digest: str = meta["digest"]
+        little = np.dtype(dtype).newbyteorder("<")
+        self._shards = [np.memmap(folder / shard["name"], little, mode="r") for shard in meta["shards"]]
+        self._ends = np.cumsum([shard["num_tokens"] for shard in meta["shards"]])
+        self._documents = np.memmap(folder / meta["documents"]["name"], DOCUMENT_DTYPE, mode="r")
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens per byte of text."""
+        return self.num_tokens / self.num_bytes
+
+    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Windows of tokens: int64 (B, length), row b being tokens starts[b] ... starts[b] + length - 1.
+
+        starts: int64 (B,). Raises IndexError for a window outside the split.
+        """
+        positions = self._check(starts, length)[:, None] + np.arange(length)  # (B, length)
+        if len(self._shards) == 1:
+            return self._shards[0][positions].astype(np.int64)
+        tokens = np.empty(positions.shape, dtype=np.int64)
+        shard_of = np.searchsorted(self._ends, positions, side="right")
+        for shard in np.unique(shard_of):
+            inside = shard_of == shard
+            first = self._ends[shard] - self._shards[shard].size
+            tokens[inside] = self._shards[shard][positions[inside] - first]
+        return tokens
+
+    def document_starts(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Where documents begin in the windows of `gather`: bool (B, length), True at a document's first token."""
+        starts = self._check(starts, length)
+        first = np.searchsorted(self._documents, starts.astype(np.uint64))  # (B,) document index
+        last = np.searchsorted(self._documents, (starts + length).astype(np.uint64))
+        counts = last - first
+        rows = np.repeat(np.arange(starts.size), counts)
+        within = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        columns = self._documents[first[rows] + within].astype(np.int64) - starts[rows]
+        marks = np.zeros((starts.size, length), dtype=bool)
+        marks[rows, columns] = True
+        return marks
+
+    def _check(self, starts: np.ndarray, length: int) -> np.ndarray:
+        starts = np.asarray(starts, dtype=np.int64)
+        if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
+            raise IndexError(
+                f"A window of {length} tokens from {starts.min()} or {starts.max()} leaves the split '{self.name}'"
+                f" of {self.num_tokens} tokens."
+            )
+        return starts
+
+
+class TokenDataset:
+    """The tokens that a run trains on; `open` it, then take a `split`.
+
+    meta: the content of meta.json; digest: identity of the tokens; vocab_size: padded; eod_id; tokenizer_file.
+    """
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.meta = meta
+        self.digest: str = meta["digest"]
+        self.vocab_size: int = meta["vocab_size"]
+        self.eod_id: int = meta["eod_id"]
+        self.tokenizer_file = folder / "tokenizer.json"
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: Literal["size", "digest"] = "size") -> Self:
+        """Open a tokens folder.
+
+        verify: "size" compares the size of every file; "digest" also reads all and compares every SHA-256.
+        Raises CorpusError, naming the file, for tokens that are incomplete, truncated or altered.
+        """
+        if verify not in ("size", "digest"):
+            raise ValueError(f"verify must be 'size' or 'digest', not {verify!r}")
+        folder = Path(folder)
+        again = "Rerun the tokens stage."
+        if not (folder / "meta.json").is_file():
+            raise CorpusError(f"There are no complete tokens in {folder} (no meta.json). {again}")
+        try:
+            meta = json.loads((folder / "meta.json").read_bytes())
+            version = meta["format_version"]
+            if version != FORMAT_VERSION:
+                raise CorpusError(f"{folder} has tokens of format {version}, this code reads {FORMAT_VERSION}. {again}")
+            intact = content_digest(meta) == meta["digest"]
+            itemsize = np.dtype(meta["dtype"]).itemsize
+            files: list[tuple[str, int | None, str]] = [("tokenizer.json", None, meta["tokenizer"]["sha256"])]
+            for split in meta["splits"].values():
+                files += [(shard["name"], shard["num_tokens"] * itemsize, shard["sha256"]) for shard in split["shards"]]
+                files += [(split["documents"]["name"], split["num_documents"] * 8, split["documents"]["sha256"])]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorpusError(f"{folder / 'meta.json'} is damaged ({error!r}). {again}") from error
+        if not intact:
+            raise CorpusError(f"{folder / 'meta.json'} was altered: its digest does not match its content. {again}")
+        for name, size, _ in files:
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found is None:
+                raise CorpusError(f"{folder / name} is missing. {again}")
+            if size is not None and found != size:
+                raise CorpusError(f"{folder / name} has {found:,} bytes, not {size:,}: truncated or altered. {again}")
+        if verify == "digest":
+            for name, _, sha256 in files:
+                if _sha256(folder / name) != sha256:
+                    raise CorpusError(f"{folder / name} was altered: its SHA-256 does not match meta.json. {again}")
+        return cls(folder, meta)
+
+    def split(self, name: str) -> TokenSplit:
+        """The split `train` or `validation`. Raises KeyError for another name."""
+        if name not in self.meta["splits"]:
+            raise KeyError(f"no split '{name}'; there are: {', '.join(self.meta['splits'])}")
+        return TokenSplit(self.folder, name, self.meta["dtype"], self.meta["splits"][name])
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,179 @@
+"""Byte-level BPE: train one on the corpus, or load a tokenizer.json; encode documents in bounded batches."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .errors import CorpusError
+from .settings import TokenizerSettings
+from .sources import package_folder
+
+BATCH_BYTES = 1 << 20  # characters of text a call to encode_batch; an encoding takes about 130 B a token
+PIECE_CHARACTERS = 1 << 18  # longer documents are encoded piece by piece
+
+# Between a visible character and white space the GPT-2 pattern of the ByteLevel pre-tokenizer always ends a word, and
+# it never looks back: pieces cut here give the tokens of the whole.
+_SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n\r\t])")
+
+
+class TextTokenizer:
+    """A tokenizer with an end-of-document token.
+
+    vocab_size: token ids of the tokenizer (largest id + 1); padded_vocab_size: the size of a model's embedding.
+    eod_id: appended to every document. Text that spells a special token is encoded as ordinary text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, content: bytes, settings: TokenizerSettings) -> None:
+        self.content = content  # of tokenizer.json
+        self.digest = hashlib.sha256(content).hexdigest()
+        self.name = settings.name
+        self.eod_token = settings.eod_token
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        eod_id = tokenizer.token_to_id(settings.eod_token)
+        if eod_id is None:
+            known = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+            raise CorpusError(
+                f"The tokenizer '{settings.name}' has no token {settings.eod_token}; set tokenizer.eod_token to the one"
+                f" that ends a document. Its special tokens: {', '.join(known) or '(none)'}."
+            )
+        self.eod_id = eod_id
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        multiple = settings.pad_vocab_to_multiple_of or 1
+        self.padded_vocab_size = -(-self.vocab_size // multiple) * multiple
+        self._tokenizer = tokenizer
+        self._cuttable = _is_cuttable(tokenizer)
+
+    def encode(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The tokens of each text, int64 (n,), in order, each ending with `eod_id`; memory is bounded by a batch.
+
+        Documents of any length are encoded in pieces, with the tokens of the whole, if the pre-tokenizer is GPT-2's.
+        """
+        for batch in _batches(texts):
+            pieces = list(_cut(batch[0])) if self._cuttable and len(batch) == 1 else []
+            if len(pieces) > 1:  # one by one: the encodings of a long document do not fit side by side
+                batch_tokens = [np.concatenate([tokens for piece in pieces for tokens in self._encode_batch([piece])])]
+            else:
+                batch_tokens = self._encode_batch(batch)
+            for tokens in batch_tokens:
+                yield np.append(tokens, self.eod_id)
+
+    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of some tokens, special tokens left out."""
+        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+
+def _is_cuttable(tokenizer: Tokenizer) -> bool:
+    """Whether _SAFE_CUT holds: GPT-2's pre-tokenizer, at most NFC before it, no added token across a cut."""
+    state = json.loads(tokenizer.to_str())
+    pre_tokenizer = state["pre_tokenizer"] or {}
+    return (
+        pre_tokenizer.get("type") == "ByteLevel"
+        and not pre_tokenizer["add_prefix_space"]
+        and pre_tokenizer.get("use_regex", True)
+        and (state["normalizer"] or {"type": "NFC"})["type"] == "NFC"
+        and not any(
+            token["lstrip"] or token["rstrip"] or _SAFE_CUT.search(token["content"]) for token in state["added_tokens"]
+        )
+    )
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group texts up to about BATCH_BYTES characters; a text longer than a piece stands alone."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and (size + len(text) > BATCH_BYTES or len(text) > PIECE_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+        if len(text) > PIECE_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Cut a long text before white space into pieces of about PIECE_CHARACTERS."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS and (cut := _SAFE_CUT.search(text, start + PIECE_CHARACTERS)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def train_tokenizer(texts: Iterable[str], tokenizer_cfg: Mapping[str, Any] | TokenizerSettings) -> TextTokenizer:
+    """Train a byte-level BPE (GPT-2's pre-tokenizer) of exactly `vocab_size` tokens; the same texts give the same one.
+
+    The end-of-document token has id 0, the 256 bytes follow, then the merges in order of frequency.
+    Raises CorpusError if the texts support fewer tokens.
+    """
+    settings = TokenizerSettings.of(tokenizer_cfg)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        min_frequency=settings.min_frequency,
+        special_tokens=[settings.eod_token],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in _cut(text)), trainer)
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size < settings.vocab_size:
+        raise CorpusError(
+            f"The text supports only {size:,} tokens of the {settings.vocab_size:,} asked for;"
+            f" lower tokenizer.vocab_size to {size} or bring more text."
+        )
+    return TextTokenizer(tokenizer, tokenizer.to_str(pretty=True).encode(), settings)
+
+
+def tokenizer_files(tokenizer_cfg: Mapping[str, Any] | TokenizerSettings) -> list[Path]:
+    """The tokenizer.json a setting names, as a list of one; empty for a tokenizer that is trained. Opens nothing.
+
+    Raises CorpusError for a package that is not installed or a file that is not there.
+    """
+    settings = TokenizerSettings.of(tokenizer_cfg)
+    if settings.file is None:
+        return []
+    if settings.package is None:
+        path = Path(settings.file).expanduser()
+    else:
+        path = package_folder(settings.package, settings.install, f"the tokenizer '{settings.name}'") / settings.file
+    if not path.is_file():
+        raise CorpusError(f"There is no tokenizer file {path}; check tokenizer.file (and tokenizer.package).")
+    return [path]
+
+
+def load_tokenizer(tokenizer_cfg: Mapping[str, Any] | TokenizerSettings) -> TextTokenizer:
+    """Load the tokenizer.json of the settings (Hugging Face `tokenizers` format).
+
+    Raises CorpusError if it is missing or unreadable, lacks `eod_token`, or is not of the `vocab_size` stated.
+    """
+    settings = TokenizerSettings.of(tokenizer_cfg)
+    if settings.file is None:
+        raise CorpusError("tokenizer.file is not set: there is no tokenizer to load.")
+    (path,) = tokenizer_files(settings)
+    content = path.read_bytes()
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception
+        raise CorpusError(f"{path} is not a Hugging Face tokenizer.json ({error}).") from error
+    loaded = TextTokenizer(tokenizer, content, settings)
+    if settings.vocab_size is not None and loaded.vocab_size != settings.vocab_size:
+        raise CorpusError(f"{path} has {loaded.vocab_size:,} tokens, but tokenizer.vocab_size={settings.vocab_size}.")
+    return loaded

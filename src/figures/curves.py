@@ -1,0 +1,110 @@
+"""Training curves of all runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+
+from .sheet import Sheet, empty_sheet, log_axis, mark
+from .style import arch_styles, flops, plain, si, themed
+from .tables import Tables, order_archs
+
+TITLE = "Training curves of all runs"
+POINTS = 30_000  # over all runs: enough for the eye, small enough for an SVG
+
+
+def thinned(curves: pd.DataFrame, column: str = "train_loss") -> pd.DataFrame:
+    """Curves with at most POINTS rows in all: means of `column` over bins of log step, run by run."""
+    rows = curves[np.isfinite(curves[column].astype(float)) & (curves["flops"] > 0)]
+    bins = max(30, POINTS // max(rows["run_id"].nunique(), 1))
+    log_step = np.log(rows["step"].astype(float).clip(lower=1))
+    top = log_step.groupby(rows["run_id"]).transform("max").clip(lower=1e-9)
+    place = np.floor(log_step / top * (bins - 1)).astype(int)
+    keys = ["run_id", "arch", "num_params"]
+    return rows.assign(bin=place).groupby([*keys, "bin"], as_index=False)[["tokens", "flops", column]].mean()
+
+
+def curves_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
+    """The curves as drawn: means of the training loss over bins of log step."""
+    curves = tables.table("curves", "run_id", "arch", "num_params", "step", "tokens", "flops", "train_loss", "val_loss")
+    return thinned(curves)
+
+
+@themed
+def training_curves(tables: Tables, config: Mapping[str, Any]) -> Figure:
+    """Training loss against FLOPs spent, one line a run, colour by model size; dots: last validation losses."""
+    curves = tables.table("curves", "run_id", "arch", "num_params", "step", "flops", "train_loss", "val_loss")
+    lines = curves_data(tables, config)
+    if lines.empty:
+        return empty_sheet(TITLE, "no curves: the runs of this study come without training histories")
+    archs, styles = order_archs(lines["arch"]), arch_styles(tables.archs)
+    sizes = curves["num_params"].astype(float)
+    lowest, highest = sizes.min(), sizes.max()
+    norm = LogNorm(lowest, highest if highest > lowest else 1.01 * lowest)
+    colours = ListedColormap(mpl.colormaps["viridis_r"](np.linspace(0.12, 0.95, 256)))
+    sheet = Sheet(
+        TITLE,
+        "One line a run: the training loss while it trains, averaged over short stretches; dots: the validation loss "
+        "at its end.",
+        ncols=len(archs),
+        width=max(7.0, 4.8 * len(archs)),
+        row_height=3.9,
+        sharey=True,
+        sharex=True,
+    )
+    for ax, arch in zip(sheet.axes[0], archs):
+        mine = lines[lines["arch"] == arch]
+        groups = [group.sort_values("bin") for _, group in mine.groupby("run_id")]
+        collection = LineCollection(
+            [group[["flops", "train_loss"]].to_numpy(dtype=float) for group in groups],
+            array=[group["num_params"].iloc[0] for group in groups],
+            cmap=colours,
+            norm=norm,
+            lw=0.9,
+            alpha=0.75,
+        )
+        collection.set_gid(f"curves-{arch}")
+        ax.add_collection(collection)
+        ends = (
+            curves[(curves["arch"] == arch) & curves["val_loss"].notna()].sort_values("step").groupby("run_id").tail(1)
+        )
+        dots = ax.scatter(
+            ends["flops"],
+            ends["val_loss"],
+            c=ends["num_params"].astype(float),
+            cmap=colours,
+            norm=norm,
+            s=16,
+            marker=styles[arch].marker,
+            edgecolors="white",
+            lw=0.5,
+            zorder=3,
+        )
+        dots.set_gid(f"ends-{arch}")
+        ax.set_title(styles[arch].name, color=styles[arch].colour)
+        ax.set_xlabel("training compute spent [FLOPs]")
+    first = sheet.axes[0, 0]
+    losses = lines["train_loss"]
+    first.set_xscale("log")
+    first.set_yscale("log")
+    first.set_xlim(lines["flops"].quantile(0.02), lines["flops"].max() * 1.3)
+    first.set_ylim(losses.min() * 0.96, losses.quantile(0.995) * 1.05)
+    for ax in sheet.axes[0]:
+        log_axis(ax, "x", flops)
+        log_axis(ax, "y", plain)
+    first.set_ylabel("loss [nat/token], log scale")
+    bar = sheet.fig.colorbar(ScalarMappable(norm, colours), ax=list(sheet.axes[0]), pad=0.015, aspect=28)
+    bar.outline.set_visible(False)
+    log_axis(bar.ax, "y", si)
+    bar.set_label("model size N [parameters]")
+    sheet.handles = [
+        mark("training loss, one run", "#5f6368", "", line="-"),
+        mark("last validation loss", "#5f6368", "o"),
+    ]
+    return sheet.finish()

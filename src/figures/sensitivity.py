@@ -1,0 +1,149 @@
+"""How much the compute-optimal exponent depends on how it is estimated."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .sheet import Sheet, empty_sheet, hollow_mark, mark
+from .style import FAILED, INK, SOFT, arch_styles, count, interval, themed
+from .tables import Tables, order_archs, reasons
+
+TITLE = "One question, many estimates: the exponent $a$ of $N^* \\propto H^a$"
+COLUMNS = [
+    "approach",
+    "estimate",
+    "arch",
+    "context_length",
+    "huber_delta",
+    "main",
+    "exponent",
+    "exponent_lo",
+    "exponent_hi",
+    "status",
+]
+GROUPS = {
+    1: "Approach 1: envelope of the training curves",
+    2: "Approach 2: minima of the IsoFLOP curves",
+    3: "Approach 3: fitted loss surface L(N, D)",
+}
+SUBSETS = {"all": "all runs", "tokenparam": "token/param runs", "isoflop": "IsoFLOP runs"}
+
+
+def sensitivity_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
+    """Every estimate of the exponent of N*(H): one row an approach, variant and architecture."""
+    parts = []
+    laws = tables.table("fits/power_laws", "variable", "predictor", "exponent", "exponent_lo", "exponent_hi", "status")
+    laws = laws[(laws["variable"] == "num_params") & (laws["predictor"] == "flops")]
+    parts.append(
+        laws.assign(approach=2, main=True, estimate="context " + laws["context_length"].map(count).astype(str))
+    )
+    surface = tables.table("fits/surface", "subset", "form", "huber_delta", "exponent_params", "status")
+    bounds = {f"exponent_params{end}": f"exponent{end}" for end in ("", "_lo", "_hi")}
+    form = np.where(surface["form"] == "gamma_fixed", "γ = 1", "γ free")
+    label = [f"{form_name}, {SUBSETS.get(subset, subset)}" for form_name, subset in zip(form, surface["subset"])]
+    if len(set(surface["context_length"])) > 1:
+        label = [f"{text}, context {count(length)}" for text, length in zip(label, surface["context_length"])]
+    wanted = float(dict(config.get("surface") or {}).get("huber_delta") or 1e-3)
+    distance = np.abs(np.log(surface["huber_delta"].astype(float) / wanted))
+    main = distance == distance.groupby([surface[key] for key in ("arch", "subset", "form")]).transform("min")
+    parts.append(surface.rename(columns=bounds).assign(approach=3, estimate=label, main=main))
+    if "fits/envelope" in tables:
+        envelope = tables["fits/envelope"]
+        envelope = envelope[envelope["variable"] == "num_params"]
+        parts.append(
+            envelope.assign(
+                approach=1, main=True, estimate="context " + envelope["context_length"].map(count).astype(str)
+            )
+        )
+    parts = [part.reindex(columns=[*COLUMNS, "detail"]) for part in parts if len(part)]
+    if not parts:
+        return pd.DataFrame(columns=[*COLUMNS, "detail"])
+    rows = pd.concat(parts, ignore_index=True)
+    rows = rows[~rows["arch"].astype(str).str.contains(" - ")]
+    return rows.sort_values(["approach"], kind="stable").reset_index(drop=True)
+
+
+@themed
+def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
+    """Forest plot: the exponent under each approach, form, subset and δ, with intervals."""
+    rows = sensitivity_data(tables, config)
+    drawable = rows[np.isfinite(rows["exponent"].astype(float))]
+    if drawable.empty:
+        return empty_sheet(TITLE, f"no fit: {reasons(rows)}")
+    archs, styles = order_archs(drawable["arch"]), arch_styles(tables.archs)
+    level = 100 * float(config.get("confidence", 0.95))
+    lines: list[tuple[int, str]] = []
+    for approach, group in drawable.groupby("approach", sort=True):
+        lines.append((approach, ""))
+        lines += [(approach, estimate) for estimate in dict.fromkeys(group["estimate"])]
+    sheet = Sheet(
+        TITLE,
+        f"Each row is one way to estimate it; bars are {level:g} % intervals. Where rows disagree by more than their "
+        "bars, the choice of method moves the answer more than the data do.",
+        row_height=0.75 + (0.14 + 0.09 * len(archs)) * len(lines),
+        width=9.0,
+    )
+    ax = sheet.axes[0, 0]
+    failed, texts = False, len(lines) <= 60
+    bounds = drawable[["exponent", "exponent_lo", "exponent_hi"]].astype(float)
+    lo, hi = (float(f(bounds)) for f in (np.nanmin, np.nanmax))
+    lo = max(lo, bounds["exponent"].min() - 0.4)  # an endless bar would squeeze all others
+    hi = min(hi, bounds["exponent"].max() + 0.4)
+    span = max(hi - lo, 0.05)
+    limits = (lo - 0.06 * span, hi + 0.06 * span)
+    for y, (approach, estimate) in enumerate(lines):
+        if not estimate:
+            ax.text(
+                -0.015,
+                y,
+                GROUPS.get(approach, f"Approach {approach}"),
+                transform=ax.get_yaxis_transform(),
+                ha="right",
+                va="center",
+                size=9,
+                weight="bold",
+                color=INK,
+            )
+            continue
+        here = drawable[(drawable["approach"] == approach) & (drawable["estimate"] == estimate)]
+        for k, arch in enumerate(archs):
+            place = y + 0.3 * (k - (len(archs) - 1) / 2)
+            for row in here[here["arch"] == arch].itertuples():
+                fine = row.status in ("ok", "converged")
+                failed |= not fine
+                tint = styles[arch].colour if fine else FAILED
+                ax.hlines(place, row.exponent_lo, row.exponent_hi, color=tint, lw=1.6, zorder=2)
+                point = ax.scatter(
+                    [row.exponent],
+                    [place],
+                    s=34,
+                    marker=styles[arch].marker,
+                    facecolors=tint if fine else "none",
+                    edgecolors="white" if fine else FAILED,
+                    lw=0.6 if fine else 1.2,
+                    zorder=3,
+                )
+                point.set_gid(f"estimate-{arch}")
+                if texts:
+                    value = interval(row.exponent, row.exponent_lo, row.exponent_hi)
+                    ax.text(1.015, place, value, transform=ax.get_yaxis_transform(), va="center", size=7.5, color=tint)
+    ax.set_yticks(
+        [i for i, (_, estimate) in enumerate(lines) if estimate], [estimate for _, estimate in lines if estimate]
+    )
+    ax.axvline(0.5, color=SOFT, lw=1.1, ls=(0, (4, 3)), zorder=1)
+    ax.set_ylim(len(lines) - 0.4, -0.7)
+    ax.set_xlim(min(limits[0], 0.48), max(limits[1], 0.52))
+    ax.grid(False, axis="y")
+    ax.set_xlabel("exponent a of the compute-optimal model size, $N^* \\propto H^a$ [1]")
+    sheet.handles = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker, line="-") for arch in archs]
+    sheet.handles.append(mark("a = 0.5: size and tokens grow alike", SOFT, "", line=(0, (4, 3))))
+    if failed:
+        sheet.handles.append(hollow_mark("fit not accepted"))
+        sheet.note(f"Hollow and grey: estimates whose fit was not accepted ({reasons(drawable)}).")
+    missing = len(rows) - len(drawable)
+    if missing:
+        sheet.note(f"{missing} estimates could not be made: {reasons(rows[~rows.index.isin(drawable.index)])}.")
+    return sheet.finish()

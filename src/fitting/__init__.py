@@ -1,0 +1,7 @@
+"""Scaling laws from the table of runs: tables in, tables out."""
+
+from .loss_surface import LossSurface, SurfaceStatus, fit_surface
+from .study import fit_all
+from .tables import COLUMNS, FitError, make_table
+
+__all__ = ["COLUMNS", "FitError", "LossSurface", "SurfaceStatus", "fit_all", "fit_surface", "make_table"]

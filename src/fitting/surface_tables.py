@@ -1,0 +1,107 @@
+"""Loss surfaces of a study: subsets, forms, sensitivity to the Huber threshold, and bootstrap intervals as tables."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .loss_surface import SURFACE_FIELDS, SurfaceFit, bootstrap_surface, fit_surface
+from .resampling import percentile_interval, stratified_counts
+from .tables import make_table
+
+_SAMPLED = (*SURFACE_FIELDS, "exponent_params", "exponent_tokens")
+
+
+def base_context(runs: pd.DataFrame, config: Mapping[str, Any]) -> int:
+    """Return the context of the surfaces: `surface.context_length`, or the one with most usable runs [tokens]."""
+    chosen = config["surface"].get("context_length")
+    if chosen is not None:
+        return int(chosen)
+    counts = runs["context_length"].value_counts()
+    return int(min(counts[counts == counts.max()].index))
+
+
+def fit_surfaces(
+    runs: pd.DataFrame, config: Mapping[str, Any], progress: Callable[[str], None] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Fit every architecture, subset and form at the base context.
+
+    The main Huber delta gets bootstrap intervals; the sensitivity deltas are point fits that continue from it. Resamples
+    keep the number of runs of each FLOP budget, and of the token/param set as a whole.
+
+    Args:
+        runs: usable runs (`tables.usable_runs`).
+        config: the group `fitting`.
+        progress: called with a line before each fit.
+
+    Returns:
+        The tables `surface` and `surface_predictions` of docs/tables.md.
+    """
+    rows: list[dict[str, Any]] = []
+    predictions: list[pd.DataFrame] = []
+    if runs.empty:
+        return make_table("surface", [], runs), make_table("surface_predictions", [], runs)
+    context, surface = base_context(runs, config), config["surface"]
+    main = float(surface["huber_delta"])
+    here = runs[runs["context_length"] == context]
+    for arch in sorted(runs["arch"].unique()):
+        for subset in surface["subsets"]:
+            chosen = here["arch"] == arch
+            if subset != "all":
+                chosen &= here["experiment_set"] == subset
+            data = here[chosen]
+            values = (data["num_params"], data["num_tokens"], data["val_loss"])
+            for form in surface["forms"]:
+                if progress is not None:
+                    progress(f"loss surface: {arch}, context {context}, {subset}, {form}")
+                key = {"arch": arch, "context_length": context, "subset": subset, "form": form}
+                key["num_runs"] = len(data)
+                fit = fit_surface(*values, surface, form=form)
+                rows.append(key | _row(fit, main) | _intervals(fit, data, key, config))
+                for delta in surface["sensitivity_deltas"]:
+                    if np.isclose(float(delta), main, rtol=1e-12, atol=0):
+                        continue
+                    other = fit_surface(*values, surface, form=form, huber_delta=float(delta), warm=fit)
+                    row = _row(other, float(delta))
+                    row["detail"] += " No bootstrap at this delta."
+                    rows.append(key | row)
+                if fit.surface is not None:
+                    frame = data[["run_id", "num_params", "num_tokens", "val_loss"]].copy()
+                    frame["predicted_loss"] = fit.surface.predict(data["num_params"], data["num_tokens"])
+                    predictions.append(frame.assign(arch=arch, context_length=context, subset=subset, form=form))
+    stacked = pd.concat(predictions, ignore_index=True) if predictions else []
+    return make_table("surface", rows, runs), make_table("surface_predictions", stacked, runs)
+
+
+def _row(fit: SurfaceFit, delta: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"huber_delta": delta, "status": fit.status.value, "detail": fit.detail}
+    names = ("objective", "rmse_log", "r2_log", "num_starts", "num_starts_agree", "condition_number")
+    row |= {name: getattr(fit, name) for name in names}
+    if fit.surface is not None:
+        row |= asdict(fit.surface)
+        row |= {"exponent_params": fit.surface.exponent_params, "exponent_tokens": fit.surface.exponent_tokens}
+    return row
+
+
+def _intervals(
+    fit: SurfaceFit, data: pd.DataFrame, key: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the `_lo`, `_hi` columns and the detail with the number of resamples that converged."""
+    if fit.surface is None:
+        return {}
+    cells = data["experiment_set"].astype(str) + data["isoflop_tag"].astype(object).fillna("").astype(str)
+    stream = ("surface", key["arch"], key["context_length"], key["subset"])
+    dimension = fit.problem.lower.size
+    counts = stratified_counts(
+        list(cells), int(config["num_resamples"]), config["seed"], *stream, min_distinct=dimension
+    )
+    centre = tuple(float(np.log(data[name]).mean()) for name in ("num_params", "num_tokens"))
+    samples, survivors = bootstrap_surface(fit, counts, centre, config["surface"])
+    intervals: dict[str, Any] = {}
+    for name, column in zip(_SAMPLED, samples.T):
+        intervals[f"{name}_lo"], intervals[f"{name}_hi"] = percentile_interval(column, config["confidence"])
+    if key["form"] == "gamma_fixed":
+        intervals["gamma_lo"] = intervals["gamma_hi"] = np.nan
+    return intervals | {"detail": f"{fit.detail} {survivors} of {len(counts)} resamples converged."}

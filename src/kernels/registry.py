@@ -1,0 +1,64 @@
+"""The registry of kernels: one operation, several implementations, chosen by name.
+
+An implementation registers itself with ``@register("mlstm", form="chunkwise", backend="torch")``; its module is
+imported when it is first asked for, so that a machine without Triton never imports it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation of ``op`` in one mathematically equal ``form`` on one ``backend``."""
+
+    op: str
+    form: str
+    backend: str
+    function: Callable
+
+
+#: modules that hold implementations, by (operation, backend); imported on demand
+_MODULES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("mlstm", "torch"): (
+        "xlstm_scaling.kernels.mlstm.recurrent",
+        "xlstm_scaling.kernels.mlstm.parallel",
+        "xlstm_scaling.kernels.mlstm.chunkwise",
+    ),
+    ("linear_cross_entropy", "torch"): ("xlstm_scaling.kernels.cross_entropy",),
+}
+_REGISTRY: dict[tuple[str, str, str], Kernel] = {}
+
+
+def register(op: str, form: str, backend: str) -> Callable[[Callable], Callable]:
+    """Enter a function into the registry; an entry of the same name is an error."""
+
+    def enter(function: Callable) -> Callable:
+        key = (op, form, backend)
+        if key in _REGISTRY:
+            raise ValueError(f"kernel {key} is registered twice")
+        _REGISTRY[key] = Kernel(op, form, backend, function)
+        return function
+
+    return enter
+
+
+def kernels(op: str, backend: str = "torch") -> list[Kernel]:
+    """All implementations of an operation on a backend."""
+    if (op, backend) not in _MODULES:
+        known = ", ".join(f"{o} ({b})" for o, b in _MODULES)
+        raise ValueError(f"no kernels for operation {op!r} on backend {backend!r}; known: {known}")
+    for module in _MODULES[op, backend]:
+        importlib.import_module(module)
+    return [kernel for (o, _, b), kernel in _REGISTRY.items() if (o, b) == (op, backend)]
+
+
+def get_kernel(op: str, form: str, backend: str = "torch") -> Callable:
+    """The implementation of ``op`` in ``form``; ValueError names the forms there are."""
+    found = {kernel.form: kernel.function for kernel in kernels(op, backend)}
+    if form not in found:
+        raise ValueError(f"no form {form!r} of {op!r} on backend {backend!r}; known: {', '.join(found)}")
+    return found[form]

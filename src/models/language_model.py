@@ -1,0 +1,116 @@
+"""What every language model here is: embedding, a stack of blocks, a norm, an untied head with soft-capped logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xlstm_scaling.accounting import ModelShape
+from xlstm_scaling.kernels.cross_entropy import linear_cross_entropy, soft_cap
+from xlstm_scaling.models.layers import Linear, RMSNorm, small_init_
+
+LOGIT_CAP = 30.0
+
+
+class Block(nn.Module, ABC):
+    """A residual block: sequence mixing, then feed-forward."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, document_starts: Tensor | None = None, state: Any = None) -> tuple[Tensor, Any]:
+        """x (B, T, d), document_starts (B, T) bool or None, state or None -> x, state after T tokens.
+
+        Without a state the block reads from an empty context and returns ``None`` as state.
+        """
+
+    @abstractmethod
+    def init_state(self, batch_size: int, max_length: int, dtype: torch.dtype) -> Any:
+        """An empty state for up to ``max_length`` tokens."""
+
+    @abstractmethod
+    def reset_parameters(self, num_blocks: int, generator: torch.Generator | None) -> None:
+        """Initialise (models.md, "Initialisation")."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """Token ids in, losses or logits out. ``shape`` fixes every dimension.
+
+    ``compute_dtype``: dtype of activations and matrix products; parameters are fp32 master weights.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        compute_dtype: torch.dtype = torch.float32,
+        logit_cap: float | None = LOGIT_CAP,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.compute_dtype = compute_dtype
+        self.logit_cap = logit_cap
+        self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
+        self.blocks = nn.ModuleList(self.make_block(shape, **options) for _ in range(shape.num_blocks))
+        self.norm = RMSNorm(shape.embedding_dim)
+        self.head = Linear(shape.embedding_dim, shape.vocab_size)
+        self.reset_parameters(seed)
+
+    @abstractmethod
+    def make_block(self, shape: ModelShape, **options: Any) -> Block:
+        """One block of this architecture."""
+
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Initialise all parameters from ``seed`` alone (from the global generator where it is None)."""
+        generator = None if seed is None else torch.Generator(device=self.head.weight.device).manual_seed(seed)
+        small_init_(self.embedding.weight, self.shape.embedding_dim, generator)
+        small_init_(self.head.weight, self.shape.embedding_dim, generator)
+        for block in self.blocks:
+            block.reset_parameters(self.shape.num_blocks, generator)
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def init_state(self, batch_size: int, max_length: int) -> list:
+        """An empty state (or cache) for every block."""
+        return [block.init_state(batch_size, max_length, self.compute_dtype) for block in self.blocks]
+
+    def hidden(
+        self, tokens: Tensor, document_starts: Tensor | None = None, state: list | None = None
+    ) -> tuple[Tensor, list]:
+        """tokens (B, T) int64 -> normed hidden (B, T, d), list of block states (None without ``state``)."""
+        x = self.embedding(tokens).to(self.compute_dtype)
+        states = []
+        for index, block in enumerate(self.blocks):
+            x, block_state = block(x, document_starts, None if state is None else state[index])
+            states.append(block_state)
+        return self.norm(x), states
+
+    def forward(self, tokens: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        """tokens (B, T) int64 -> soft-capped logits (B, T, V) in fp32 (fp64 in a double model)."""
+        return self.logits(self.hidden(tokens, document_starts)[0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., d) -> soft-capped logits (..., V)."""
+        logits = self.head(hidden)
+        return soft_cap(logits if logits.dtype == torch.float64 else logits.float(), self.logit_cap)
+
+    def loss(self, tokens: Tensor, targets: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        """tokens, targets (B, T) int64, document_starts (B, T) bool or None -> mean loss [nat/token], scalar."""
+        hidden, _ = self.hidden(tokens, document_starts)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.logit_cap)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, state: list) -> tuple[Tensor, list]:
+        """Read tokens (B, T) on top of ``state`` -> logits of the last token (B, V), state."""
+        hidden, state = self.hidden(tokens, None, state)
+        return self.logits(hidden[:, -1]), state
+
+    def decay_groups(self, weight_decay: float) -> list[dict]:
+        """Optimiser groups: weight decay on the weights of linear layers only."""
+        linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
+        decay = [p for p in self.parameters() if id(p) in linear]
+        rest = [p for p in self.parameters() if id(p) not in linear]
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -1,0 +1,1 @@
+"""A study: its configuration, its plan of runs, what identifies a run, and the table of runs."""

@@ -1,0 +1,246 @@
+"""Configuration: composed by Hydra from ``conf/``, checked against typed schemas before any work starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says which key and what to do."""
+
+
+@dataclass
+class SizeConfig:
+    """One model size; ``num_heads`` overrides the head rule, per architecture or for all."""
+
+    embedding_dim: int = MISSING
+    num_blocks: int = MISSING
+    num_heads: Any = None
+    learning_rate: float | None = None
+
+
+@dataclass
+class HeadRule:
+    """Heads by architecture: a head width, and exceptions by embedding dim."""
+
+    head_dim: int | None = None
+    by_width: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class IsoflopCell:
+    """Runs that all cost ``budget_flops``: one per size name in ``sizes`` or per entry of ``grid``
+    (embedding dim -> numbers of blocks)."""
+
+    context_length: int = MISSING
+    budget_flops: float = MISSING
+    architectures: list[str] | None = None
+    sizes: list[str] = field(default_factory=list)
+    grid: dict[int, list[int]] = field(default_factory=dict)
+    batch_sequences: int | None = None
+
+
+@dataclass
+class TokenParamCell:
+    """Sizes x token/param ratios; ``num_train_steps`` fixes the steps instead of ``ratios``."""
+
+    context_length: int = MISSING
+    architectures: list[str] | None = None
+    sizes: list[str] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    num_train_steps: list[int] = field(default_factory=list)
+    batch_sequences: int | None = None
+    learning_rate: float | None = None
+
+
+@dataclass
+class StudyConfig:
+    name: str = MISSING
+    title: str = ""
+    architectures: list[str] = MISSING
+    base_context: int = MISSING
+    heads: dict[str, HeadRule] = field(default_factory=dict)
+    sizes: dict[str, SizeConfig] = field(default_factory=dict)
+    isoflop: dict[str, IsoflopCell] = field(default_factory=dict)
+    tokenparam: dict[str, TokenParamCell] = field(default_factory=dict)
+    warn_epochs: float = 4.0
+    max_epochs: float = 16.0
+    min_sizes: int = 4
+
+
+@dataclass
+class LearningRateRule:
+    """Peak learning rate = base · (reference_width / embedding_dim)^width_exponent
+    · (reference_flops / run FLOPs)^flops_exponent, at most ``maximum``; ``by_width`` overrides it."""
+
+    base: float = MISSING
+    reference_width: int = 64
+    width_exponent: float = 0.0
+    reference_flops: float = 1e12
+    flops_exponent: float = 0.0
+    maximum: float = 1.0
+    by_width: dict[str, dict[int, float]] = field(default_factory=dict)
+
+
+@dataclass
+class BatchRule:
+    """Tokens a step = base · (run FLOPs / reference_flops)^flops_exponent, rounded to a power-of-two number of
+    sequences, at least ``min_sequences``."""
+
+    base_tokens: int = MISSING
+    reference_flops: float = 1e12
+    flops_exponent: float = 0.0
+    min_sequences: int = 4
+
+
+@dataclass
+class ScheduleConfig:
+    """Warm-up, cosine decay to ``final_fraction`` of the peak, linear cool-down to 0; steps, or fractions of them."""
+
+    warmup_steps: int | None = None
+    warmup_fraction: float = 0.1
+    cooldown_steps: int | None = None
+    cooldown_fraction: float = 0.1
+    final_fraction: float = 0.1
+
+
+@dataclass
+class OptimizerConfig:
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 0.5
+
+
+@dataclass
+class ValidationConfig:
+    """``max_tokens`` of the held-out split, read ``evaluations`` times over a run (the last at its end)."""
+
+    max_tokens: int = 131072
+    evaluations: int = 4
+
+
+@dataclass
+class TrainingConfig:
+    seed: int = 0
+    compute_dtype: str = "auto"
+    learning_rate: LearningRateRule = field(default_factory=LearningRateRule)
+    batch: BatchRule = field(default_factory=BatchRule)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    steps_multiple: int = 1
+    min_steps: int = 20
+    divergence_loss_factor: float = 1.5
+    model_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class HardwareConfig:
+    """Where runs run. Never part of a run's identity."""
+
+    device: str = "cpu"
+    threads_per_run: int = 1
+    flops_per_s: float = 5e10
+    peak_flops: float | None = None
+    micro_batch_sequences: int | None = None
+    checkpoint_interval_s: float = 30.0
+    warm_start: bool = True
+
+
+SCHEMAS = {"study": StudyConfig, "training": TrainingConfig, "hardware": HardwareConfig}
+GROUPS = ("study", "training", "hardware", "corpus", "tokenizer", "fitting", "inference", "figures")
+
+
+def conf_dir() -> Path:
+    """The folder of the configuration: $XLSTM_SCALING_CONF, else ``conf/`` beside the package's source."""
+    folder = Path(os.environ.get("XLSTM_SCALING_CONF", Path(__file__).resolve().parents[2] / "conf"))
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"no configuration in {folder}: set XLSTM_SCALING_CONF to the repository's conf folder")
+    return folder
+
+
+def normalise_overrides(overrides: Any) -> list[str]:
+    """Overrides as a list of strings, from a list or from text like ``[a=1, b=2]`` or ``a=1 b=2``."""
+    if overrides is None:
+        return []
+    if isinstance(overrides, str):
+        text = overrides.strip()
+        if text.startswith("["):
+            loaded = yaml.safe_load(text)
+            return [str(item) for item in loaded]
+        return text.split()
+    return [str(item) for item in overrides]
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose ``conf/config.yaml`` with Hydra overrides (``study=smoke training.seed=2``) and check every key's type.
+
+    Raises ConfigError with the key, and what is known in its place.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            composed = hydra_compose(config_name="config", overrides=list(overrides))
+        return check(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from None
+
+
+def check(composed: DictConfig) -> DictConfig:
+    """Merge typed schemas under the composed groups, so that an unknown key or a wrong type is an error."""
+    result = OmegaConf.create({})
+    for group in composed:
+        if group in SCHEMAS:
+            try:
+                result[group] = OmegaConf.merge(OmegaConf.structured(SCHEMAS[group]), composed[group])
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"configuration group {group!r}: {_first_line(error)}") from None
+        else:
+            result[group] = composed[group]
+    missing = sorted(set(GROUPS) - set(result))
+    if missing:
+        raise ConfigError(f"configuration groups missing: {', '.join(missing)}")
+    OmegaConf.set_readonly(result, True)
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    keep = [line for line in lines if not line.startswith(("reference_type", "object_type"))]
+    return " · ".join(keep)
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    cause = error.__cause__ if error.__cause__ is not None and str(error.__cause__) else None
+    parts = [_first_line(error)] + ([_first_line(cause)] if cause is not None else [])
+    hint = "see conf/ for the keys there are; `xlstm-scaling config` prints the resolved configuration"
+    return f"{' · '.join(parts)} (overrides: {list(overrides)}; {hint})"
+
+
+def to_dict(config: DictConfig | Any) -> dict:
+    """A plain, resolved dict."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
+
+
+def write_resolved(config: DictConfig, path: Path, groups: Sequence[str] | None = None) -> None:
+    """The resolved configuration (or some groups of it) as YAML beside a result."""
+    from xlstm_scaling.study.files import write_text_atomic
+
+    plain = to_dict(config)
+    chosen = plain if groups is None else {group: plain[group] for group in groups}
+    write_text_atomic(path, yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))

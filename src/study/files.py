@@ -1,0 +1,76 @@
+"""Files that are either complete or absent: written to a temporary name, fsynced, renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pandas as pd
+
+
+class DiskFullError(OSError):
+    """No space left; names the folder."""
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file beside ``path``; on success it takes the name, on failure it is removed.
+
+    Raises DiskFullError where the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, mode) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                errno.ENOSPC, f"disk full while writing {path}: free some space in {path.parent} and run again"
+            ) from error
+        raise
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    with atomic_write(path, "w") as stream:
+        stream.write(text)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+
+def write_table(table: pd.DataFrame, stem: Path) -> None:
+    """``stem``.parquet and ``stem``.csv; the Parquet last, as it is the file that others wait for."""
+    with atomic_write(stem.with_suffix(".csv"), "w") as stream:
+        table.to_csv(stream, index=False)
+    with atomic_write(stem.with_suffix(".parquet")) as stream:
+        table.to_parquet(stream, index=False)
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file; FileNotFoundError or ValueError name the file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of ``value``; numbers by their repr, keys sorted."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()

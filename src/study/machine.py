@@ -1,0 +1,33 @@
+"""What this machine can do, without importing torch."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+COMPUTE_DTYPES = ("bfloat16", "float32")
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction set flags of the first CPU; empty where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def resolve_compute_dtype(setting: str, device: str = "cpu") -> str:
+    """``auto`` becomes bfloat16 on a GPU or on a CPU with bf16 products (AMX, AVX512-BF16), else float32.
+
+    Raises ValueError for an unknown setting.
+    """
+    if setting in COMPUTE_DTYPES:
+        return setting
+    if setting != "auto":
+        raise ValueError(f"training.compute_dtype = {setting!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}")
+    fast = device != "cpu" or {"amx_bf16", "avx512_bf16"} & cpu_flags()
+    return "bfloat16" if fast else "float32"

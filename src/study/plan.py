@@ -1,0 +1,344 @@
+"""The planner: a study's grid -> the plan of runs, each with its exact N, D, steps, recipe and identity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from xlstm_scaling.accounting import ModelShape, count_flops, count_params, make_shape
+from xlstm_scaling.corpus.build import tokens_id, tokens_spec
+from xlstm_scaling.study.config import ConfigError, to_dict
+from xlstm_scaling.study.files import digest
+from xlstm_scaling.study.machine import resolve_compute_dtype
+
+#: raised whenever a change of the training code changes losses; part of every run's identity
+BEHAVIOUR_VERSION = 1
+
+
+class PlanError(ConfigError):
+    """A study that cannot be run or fitted; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """All that determines a run's loss (``identity``), where it belongs in the study, and what it will cost."""
+
+    shape: dict
+    context_length: int
+    batch_sequences: int
+    num_train_steps: int
+    learning_rate: float
+    warmup_steps: int
+    cooldown_steps: int
+    final_fraction: float
+    optimizer: dict
+    validation: dict
+    model_options: dict
+    seed: int
+    compute_dtype: str
+    divergence_loss_factor: float
+    tokens: dict
+    tokens_id: str
+    # where the run belongs
+    experiment_set: str = "other"
+    isoflop_tag: float | None = None
+    ratio_tag: float | None = None
+    size: str | None = None
+
+    @property
+    def arch(self) -> str:
+        return self.shape["arch"]
+
+    @property
+    def model_shape(self) -> ModelShape:
+        return ModelShape(**self.shape)
+
+    @property
+    def num_params(self) -> int:
+        return count_params(self.model_shape)
+
+    @property
+    def num_tokens(self) -> int:
+        """D: every token that the run trains on, repeats counted."""
+        return self.batch_sequences * self.context_length * self.num_train_steps
+
+    @property
+    def flops_per_step(self) -> float:
+        return count_flops(self.model_shape, self.context_length).forward_backward * self.batch_sequences
+
+    @property
+    def num_flops(self) -> float:
+        return self.flops_per_step * self.num_train_steps
+
+    def identity(self) -> dict:
+        """What determines the loss, and nothing else: no path, host, device, batch split or place in a study."""
+        spec = asdict(self)
+        for key in ("experiment_set", "isoflop_tag", "ratio_tag", "size", "tokens_id"):
+            spec.pop(key)
+        spec["behaviour_version"] = BEHAVIOUR_VERSION
+        return spec
+
+    @property
+    def run_id(self) -> str:
+        """A readable name and the digest of ``identity``: the run's folder."""
+        shape = self.shape
+        name = f"{self.arch}-d{shape['embedding_dim']}b{shape['num_blocks']}-c{self.context_length}"
+        return f"{name}-n{self.batch_sequences}x{self.num_train_steps}-{digest(self.identity())[:10]}"
+
+
+def model_vocab_size(config: DictConfig) -> int:
+    """Rows of the embedding: the tokenizer's vocabulary, padded where the tokenizer says so."""
+    vocab, multiple = config.tokenizer.vocab_size, config.tokenizer.pad_vocab_to_multiple_of
+    if vocab is None:
+        raise PlanError("tokenizer.vocab_size is needed to plan (the number of tokens in the tokenizer's file)")
+    return vocab if not multiple else -(-vocab // multiple) * multiple
+
+
+def num_heads(config: DictConfig, arch: str, embedding_dim: int, explicit: int | dict | None = None) -> int:
+    """Heads by the size, else by ``study.heads``: an exception for the width, else the most heads of at least
+    ``head_dim`` that divide the width."""
+    if isinstance(explicit, int):
+        return explicit
+    if explicit is not None and arch in explicit:
+        return int(explicit[arch])
+    rule = config.study.heads.get(arch)
+    if rule is None:
+        raise PlanError(f"study.heads.{arch} is missing: give it head_dim, e.g. {{head_dim: 64}}")
+    if embedding_dim in rule.by_width:
+        return rule.by_width[embedding_dim]
+    if rule.head_dim is None:
+        raise PlanError(f"study.heads.{arch}: no head_dim, and by_width lacks {embedding_dim}")
+    most = max(1, embedding_dim // rule.head_dim)
+    return next(n for n in range(most, 0, -1) if embedding_dim % (2 * n) == 0 or n == 1)
+
+
+class Planner:
+    """Turns one composed configuration into runs."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self.training = config.training
+        self.vocab_size = model_vocab_size(config)
+        self.tokens = tokens_spec(to_dict(config.corpus), to_dict(config.tokenizer))
+        self.tokens_id = tokens_id(to_dict(config.corpus), to_dict(config.tokenizer))
+        self.dtype = resolve_compute_dtype(self.training.compute_dtype, config.hardware.device)
+        self.model_options = to_dict(self.training.model_options)
+        self.optimizer = to_dict(self.training.optimizer)
+        self.validation = to_dict(self.training.validation)
+
+    def shape(self, arch: str, embedding_dim: int, num_blocks: int, heads: int | dict | None = None) -> ModelShape:
+        try:
+            n = num_heads(self.config, arch, embedding_dim, heads)
+            return make_shape(arch, embedding_dim, num_blocks, n, self.vocab_size)
+        except ValueError as error:
+            raise PlanError(f"size d={embedding_dim}, blocks={num_blocks}: {error}") from None
+
+    def learning_rate(self, shape: ModelShape, flops: float) -> float:
+        rule = self.training.learning_rate
+        exception = rule.by_width.get(shape.arch, {}).get(shape.embedding_dim)
+        if exception is not None:
+            return exception
+        width = (rule.reference_width / shape.embedding_dim) ** rule.width_exponent
+        budget = (rule.reference_flops / flops) ** rule.flops_exponent
+        return float(f"{min(rule.maximum, rule.base * width * budget):.4g}")
+
+    def batch_sequences(self, context_length: int, flops: float, explicit: int | None) -> int:
+        if explicit is not None:
+            return explicit
+        rule = self.training.batch
+        tokens = rule.base_tokens * (flops / rule.reference_flops) ** rule.flops_exponent
+        return max(rule.min_sequences, 2 ** round(math.log2(tokens / context_length)))
+
+    def run(
+        self, shape: ModelShape, context_length: int, batch: int, steps: int, learning_rate: float, **place: object
+    ) -> RunSpec:
+        schedule = self.training.schedule
+        warmup = schedule.warmup_steps if schedule.warmup_steps is not None else steps * schedule.warmup_fraction
+        cooldown = (
+            schedule.cooldown_steps if schedule.cooldown_steps is not None else steps * schedule.cooldown_fraction
+        )
+        return RunSpec(
+            shape=shape.as_dict(),
+            context_length=context_length,
+            batch_sequences=batch,
+            num_train_steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=min(math.ceil(warmup), steps),
+            cooldown_steps=min(math.ceil(cooldown), max(0, steps - math.ceil(warmup))),
+            final_fraction=schedule.final_fraction,
+            optimizer=self.optimizer,
+            validation=self.validation,
+            model_options=self.model_options.get(shape.arch, {}),
+            seed=self.training.seed,
+            compute_dtype=self.dtype,
+            divergence_loss_factor=self.training.divergence_loss_factor,
+            tokens=self.tokens,
+            tokens_id=self.tokens_id,
+            **place,
+        )
+
+    def steps_for(self, what: str, flops_per_step: float, budget_flops: float) -> int:
+        """Steps that cost the budget, to the nearest ``steps_multiple``; PlanError below ``min_steps``."""
+        multiple = self.training.steps_multiple
+        steps = max(multiple, round(budget_flops / flops_per_step / multiple) * multiple)
+        exact = budget_flops / flops_per_step
+        if exact < self.training.min_steps:
+            raise PlanError(
+                f"{what}: the budget of {budget_flops:.3g} FLOPs pays {exact:.2g} steps of {flops_per_step:.3g} FLOPs, "
+                f"fewer than training.min_steps = {self.training.min_steps}; raise the budget, or lower the model "
+                "size or training.batch.base_tokens"
+            )
+        return steps
+
+    def architectures(self, cell: DictConfig) -> Sequence[str]:
+        return [a for a in self.config.study.architectures if cell.architectures is None or a in cell.architectures]
+
+    def size(self, name: str) -> DictConfig:
+        sizes = self.config.study.sizes
+        if name not in sizes:
+            raise PlanError(f"size {name!r} is not in study.sizes; known: {', '.join(sizes)}")
+        return sizes[name]
+
+    def isoflop_runs(self, name: str, cell: DictConfig) -> Iterator[RunSpec]:
+        budget, T = cell.budget_flops, cell.context_length
+        batch = self.batch_sequences(T, budget, cell.batch_sequences)
+        for arch in self.architectures(cell):
+            shapes = []
+            for size_name in cell.sizes:
+                size = self.size(size_name)
+                shape = self.shape(arch, size.embedding_dim, size.num_blocks, size.num_heads)
+                shapes.append((size_name, shape, size.learning_rate))
+            for width, depths in cell.grid.items():
+                shapes += [(f"d{width}b{depth}", self.shape(arch, width, depth), None) for depth in depths]
+            for size_name, shape, explicit_lr in shapes:
+                per_step = count_flops(shape, T).forward_backward * batch
+                steps = self.steps_for(f"study.isoflop.{name}, {arch} {size_name}", per_step, budget)
+                rate = explicit_lr if explicit_lr is not None else self.learning_rate(shape, budget)
+                yield self.run(
+                    shape, T, batch, steps, rate, experiment_set="isoflop", isoflop_tag=float(budget), size=size_name
+                )
+
+    def tokenparam_runs(self, name: str, cell: DictConfig) -> Iterator[RunSpec]:
+        T = cell.context_length
+        if bool(cell.ratios) == bool(cell.num_train_steps):
+            raise PlanError(f"study.tokenparam.{name}: give either ratios or num_train_steps")
+        for arch in self.architectures(cell):
+            for size_name in cell.sizes:
+                size = self.size(size_name)
+                shape = self.shape(arch, size.embedding_dim, size.num_blocks, size.num_heads)
+                params, flops_per_token = count_params(shape), count_flops(shape, T).forward_backward / T
+                for target in cell.ratios or cell.num_train_steps:
+                    if cell.ratios:
+                        ratio, flops = target, target * params * flops_per_token
+                        batch = self.batch_sequences(T, flops, cell.batch_sequences)
+                        what = f"study.tokenparam.{name}, {arch} {size_name} at ratio {ratio:g}"
+                        steps = self.steps_for(what, flops_per_token * T * batch, flops)
+                    else:
+                        if cell.batch_sequences is None:
+                            raise PlanError(f"study.tokenparam.{name}: num_train_steps needs batch_sequences")
+                        batch, steps = cell.batch_sequences, target
+                        flops = flops_per_token * T * batch * steps
+                        ratio = nearest_ratio(batch * T * steps / params)
+                    rates = (cell.learning_rate, size.learning_rate, self.learning_rate(shape, flops))
+                    rate = next(value for value in rates if value is not None)
+                    yield self.run(
+                        shape, T, batch, steps, rate, experiment_set="tokenparam", ratio_tag=ratio, size=size_name
+                    )
+
+    def runs(self) -> list[RunSpec]:
+        """All runs of the study, each once. Raises PlanError on a grid that cannot be fitted."""
+        self.check_grid()
+        runs: dict[str, RunSpec] = {}
+        for name, cell in self.config.study.isoflop.items():
+            for run in self.isoflop_runs(name, cell):
+                runs.setdefault(run.run_id, run)
+        for name, cell in self.config.study.tokenparam.items():
+            for run in self.tokenparam_runs(name, cell):
+                runs.setdefault(run.run_id, run)
+        if not runs:
+            raise PlanError("the study has no runs: give study.isoflop or study.tokenparam at least one cell")
+        return list(runs.values())
+
+    def check_grid(self) -> None:
+        study = self.config.study
+        if not study.architectures:
+            raise PlanError("study.architectures is empty; known architectures: xlstm, transformer")
+        for name, cell in study.isoflop.items():
+            count = len(set(cell.sizes)) + sum(len(depths) for depths in cell.grid.values())
+            if count < study.min_sizes:
+                raise PlanError(
+                    f"study.isoflop.{name} has {count} sizes; a parabola needs at least study.min_sizes = "
+                    f"{study.min_sizes} for a fit with an interval"
+                )
+
+
+#: the token/param ratios that the paper labels runs with
+PAPER_RATIOS = (22.0, 44.0, 110.0, 220.0, 550.0, 1100.0, 2200.0)
+
+
+def nearest_ratio(ratio: float, tolerance: float = 0.18) -> float | None:
+    """The paper's ratio label within ``tolerance`` (relative) of a run's D/N, else None."""
+    label = min(PAPER_RATIOS, key=lambda r: abs(math.log(r / ratio)))
+    return label if abs(ratio / label - 1) <= tolerance else None
+
+
+def plan_runs(config: DictConfig) -> list[RunSpec]:
+    """The runs of a study (see ``Planner.runs``); needs no tokens on disk."""
+    return Planner(config).runs()
+
+
+def plan_table(runs: Sequence[RunSpec], config: DictConfig, corpus_tokens: float | None) -> pd.DataFrame:
+    """One row a run: identity, N, D, H, recipe, epochs over the corpus and estimated time."""
+    rows = []
+    for run in runs:
+        rows.append(
+            {
+                "run_id": run.run_id,
+                "experiment_set": run.experiment_set,
+                "isoflop_tag": run.isoflop_tag,
+                "ratio_tag": run.ratio_tag,
+                "size": run.size,
+                "context_length": run.context_length,
+                **run.shape,
+                "num_params": run.num_params,
+                "num_tokens": run.num_tokens,
+                "num_flops": run.num_flops,
+                "tokens_per_param": run.num_tokens / run.num_params,
+                "global_batch_size_sequences": run.batch_sequences,
+                "num_train_steps": run.num_train_steps,
+                "learning_rate": run.learning_rate,
+                "seed": run.seed,
+                "compute_dtype": run.compute_dtype,
+                "epochs": run.num_tokens / corpus_tokens if corpus_tokens else math.nan,
+                "estimated_time_s": run.num_flops / config.hardware.flops_per_s,
+            }
+        )
+    table = pd.DataFrame(rows)
+    for column in ("isoflop_tag", "ratio_tag"):
+        table[column] = table[column].astype("float64")
+    table["chunk_size"] = table["chunk_size"].astype("Int64")
+    return table
+
+
+def plan_warnings(table: pd.DataFrame, config: DictConfig) -> list[str]:
+    """What a reader should know about the plan. Raises PlanError where runs repeat the corpus too often."""
+    study = config.study
+    warnings = []
+    worst = table.loc[table.epochs.idxmax()] if table.epochs.notna().any() else None
+    if worst is not None and worst.epochs > study.max_epochs:
+        raise PlanError(
+            f"corpus too small for the plan: {worst.run_id} needs {worst.num_tokens:.3g} tokens, {worst.epochs:.1f} "
+            f"epochs of the corpus, above study.max_epochs = {study.max_epochs:g}; use more text, smaller budgets, or "
+            "larger models"
+        )
+    repeated = table[table.epochs > study.warn_epochs]
+    if len(repeated):
+        warnings.append(
+            f"{len(repeated)} of {len(table)} runs repeat the corpus more than {study.warn_epochs:g} times (most: "
+            f"{repeated.epochs.max():.1f}): repeated data is worth less (Muennighoff et al., 2023)"
+        )
+    return warnings
