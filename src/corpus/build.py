@@ -43,7 +43,8 @@ def index_documents(settings: CorpusSettings, progress: bool = False) -> Documen
     """Hash every document (about 32 B of memory each), drop blanks and exact duplicates, draw validation candidates.
 
     The candidates are the `validation_fraction` of documents with the smallest keys, at least one: a choice by content,
-    whatever the file names, the format or the order. Raises CorpusError for fewer than two distinct documents.
+    whatever the file names, the format or the order. Raises CorpusError for fewer than two distinct documents, or where
+    one large document makes most of the text validation text.
     """
     digests, keys, sizes = bytearray(), array("Q"), array("Q")
     seed = f"{settings.split_seed}:".encode()
@@ -72,6 +73,12 @@ def index_documents(settings: CorpusSettings, progress: bool = False) -> Documen
     count = min(max(1, round(settings.validation_fraction * distinct.size)), distinct.size - 1)
     candidate = np.zeros(len(order), dtype=bool)
     candidate[distinct[np.argsort(keys[distinct], kind="stable")[:count]]] = True
+    share = num_bytes[candidate].sum() / num_bytes[kept].sum()
+    if share > max(0.5, settings.validation_fraction):
+        raise CorpusError(
+            f"The {count} document(s) drawn for validation are {share:.0%} of the text of the corpus '{settings.name}'."
+            " Set another corpus.split_seed, or corpus.document_separator to split large .txt files into documents."
+        )
     return DocumentIndex(keys, num_bytes, kept, candidate, int(blank.sum()), int((duplicate & ~blank).sum()))
 
 

@@ -97,7 +97,8 @@ def loss_vs_flops(tables: Tables, config: Mapping[str, Any]) -> Figure:
     for arch in archs:
         _frontier(left, runs[runs["arch"] == arch], front[front["arch"] == arch], styles[arch], arch)
         name = styles[arch].name
-        entries.append(mark(f"{name}: best for its compute", styles[arch].colour, styles[arch].marker, line="-"))
+        if (front["arch"] == arch).any():
+            entries.append(mark(f"{name}: best for its compute", styles[arch].colour, styles[arch].marker, line="-"))
         entries.append(
             mark(
                 f"{name}: every run ({(runs['arch'] == arch).sum()})",

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .sheet import Sheet, empty_sheet, hollow_mark, mark
-from .style import FAILED, INK, SOFT, arch_styles, count, interval, themed
+from .style import FAILED, INK, SOFT, ArchStyle, arch_styles, count, interval, themed
 from .tables import Tables, order_archs, reasons
+from .tables import fine as fine_status
 
 TITLE = "One question, many estimates: the exponent $a$ of $N^* \\propto H^a$"
 COLUMNS = [
@@ -48,7 +50,9 @@ def sensitivity_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
         label = [f"{text}, context {count(length)}" for text, length in zip(label, surface["context_length"])]
     wanted = float(dict(config.get("surface") or {}).get("huber_delta") or 1e-3)
     distance = np.abs(np.log(surface["huber_delta"].astype(float) / wanted))
-    main = distance == distance.groupby([surface[key] for key in ("arch", "subset", "form")]).transform("min")
+    main = distance == distance.groupby(
+        [surface[key] for key in ("arch", "context_length", "subset", "form")]
+    ).transform("min")
     parts.append(surface.rename(columns=bounds).assign(approach=3, estimate=label, main=main))
     if "fits/envelope" in tables:
         envelope = tables["fits/envelope"]
@@ -64,6 +68,40 @@ def sensitivity_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
     rows = pd.concat(parts, ignore_index=True)
     rows = rows[~rows["arch"].astype(str).str.contains(" - ")]
     return rows.sort_values(["approach"], kind="stable").reset_index(drop=True)
+
+
+def _estimate(ax: Axes, row: Any, place: float, style: ArchStyle, arch: str) -> bool:
+    """Point, bar and number of one estimate; grey and hollow, and False, where its fit was not accepted."""
+    fine = row.status in ("ok", "converged")
+    tint = style.colour if fine else FAILED
+    ax.hlines(place, row.exponent_lo, row.exponent_hi, color=tint, lw=1.6, zorder=2)
+    point = ax.scatter(
+        [row.exponent],
+        [place],
+        s=34,
+        marker=style.marker,
+        facecolors=tint if fine else "none",
+        edgecolors="white" if fine else FAILED,
+        lw=0.6 if fine else 1.2,
+        zorder=4,
+    )
+    point.set_gid(f"estimate-{arch}-{'ok' if fine else 'failed'}")
+    value = interval(row.exponent, row.exponent_lo, row.exponent_hi)
+    ax.text(1.015, place, value, transform=ax.get_yaxis_transform(), va="center", size=7.5, color=tint)
+    return fine
+
+
+def _statuses(rows: pd.DataFrame) -> str:
+    """How many estimates ended how: '7 bound hit'."""
+    counts = rows.loc[~fine_status(rows["status"]), "status"].value_counts()
+    return ", ".join(f"{number} {str(status).replace('_', ' ')}" for status, number in counts.items())
+
+
+def _others(ax: Axes, rows: pd.DataFrame, place: float, style: ArchStyle) -> bool:
+    """Ticks for the same fit with another Huber δ; grey where it was not accepted."""
+    tints = [style.colour if good else FAILED for good in fine_status(rows["status"])]
+    ax.scatter(rows["exponent"], [place] * len(rows), marker="|", s=60, c=tints, lw=1.3, alpha=0.75, zorder=3)
+    return len(rows) > 0
 
 
 @themed
@@ -87,7 +125,7 @@ def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
         width=9.0,
     )
     ax = sheet.axes[0, 0]
-    failed, texts = False, len(lines) <= 60
+    failed, ticks = False, False
     bounds = drawable[["exponent", "exponent_lo", "exponent_hi"]].astype(float)
     lo, hi = (float(f(bounds)) for f in (np.nanmin, np.nanmax))
     lo = max(lo, bounds["exponent"].min() - 0.4)  # an endless bar would squeeze all others
@@ -111,25 +149,10 @@ def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
         here = drawable[(drawable["approach"] == approach) & (drawable["estimate"] == estimate)]
         for k, arch in enumerate(archs):
             place = y + 0.3 * (k - (len(archs) - 1) / 2)
-            for row in here[here["arch"] == arch].itertuples():
-                fine = row.status in ("ok", "converged")
-                failed |= not fine
-                tint = styles[arch].colour if fine else FAILED
-                ax.hlines(place, row.exponent_lo, row.exponent_hi, color=tint, lw=1.6, zorder=2)
-                point = ax.scatter(
-                    [row.exponent],
-                    [place],
-                    s=34,
-                    marker=styles[arch].marker,
-                    facecolors=tint if fine else "none",
-                    edgecolors="white" if fine else FAILED,
-                    lw=0.6 if fine else 1.2,
-                    zorder=3,
-                )
-                point.set_gid(f"estimate-{arch}")
-                if texts:
-                    value = interval(row.exponent, row.exponent_lo, row.exponent_hi)
-                    ax.text(1.015, place, value, transform=ax.get_yaxis_transform(), va="center", size=7.5, color=tint)
+            mine = here[here["arch"] == arch]
+            ticks |= _others(ax, mine[~mine["main"].astype(bool)], place, styles[arch])
+            for row in mine[mine["main"].astype(bool)].itertuples():
+                failed |= not _estimate(ax, row, place, styles[arch], arch)
     ax.set_yticks(
         [i for i, (_, estimate) in enumerate(lines) if estimate], [estimate for _, estimate in lines if estimate]
     )
@@ -140,9 +163,11 @@ def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
     ax.set_xlabel("exponent a of the compute-optimal model size, $N^* \\propto H^a$ [1]")
     sheet.handles = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker, line="-") for arch in archs]
     sheet.handles.append(mark("a = 0.5: size and tokens grow alike", SOFT, "", line=(0, (4, 3))))
+    if ticks:
+        sheet.handles.append(mark("the same with another Huber δ", SOFT, "|", ms=8, mew=1.3))
     if failed:
         sheet.handles.append(hollow_mark("fit not accepted"))
-        sheet.note(f"Hollow and grey: estimates whose fit was not accepted ({reasons(drawable)}).")
+        sheet.note(f"Hollow and grey: estimates whose fit was not accepted ({_statuses(drawable)}).")
     missing = len(rows) - len(drawable)
     if missing:
         sheet.note(f"{missing} estimates could not be made: {reasons(rows[~rows.index.isin(drawable.index)])}.")

@@ -74,7 +74,17 @@ class Sheet:
             )
         rect = (0.005, footer / height, 0.99, 1 - (header + footer) / height)
         fig.set_layout_engine(ConstrainedLayoutEngine(rect=rect, w_pad=0.06, h_pad=0.06, wspace=0.02, hspace=0.03))
+        self._freeze()
         return fig
+
+    def _freeze(self) -> None:
+        """Lay out once and keep it, rounded: the solver's last bits differ from process to process."""
+        self.fig.draw_without_rendering()
+        self.fig.set_layout_engine("none")
+        for ax in self.fig.axes:
+            ax.set_position(
+                [round(float(value), 5) for value in ax.get_position(original=True).bounds], which="original"
+            )
 
     def _legend_grid(self) -> tuple[int, int]:
         if not self.handles:
@@ -134,19 +144,22 @@ def whiskers(
 
 
 def say(ax: Axes, text: str, *, blank: bool = True) -> None:
-    """A plain sentence in the middle of the axes, for a fit that could not be made; `blank` takes the ticks away."""
+    """A plain sentence in the axes (in a corner, beside data) for a fit not made; `blank` takes the ticks away."""
     room = max(18, int(ax.get_position().width * ax.figure.get_figwidth() * 9))
+    corner = not blank and ax.has_data()  # the corner leaves the points to be seen
+    x, y, side, base = (0.03, 0.03, "left", "bottom") if corner else (0.5, 0.5, "center", "center")
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 3}
     ax.text(
-        0.5,
-        0.5,
+        x,
+        y,
         textwrap.fill(text, room),
         transform=ax.transAxes,
-        ha="center",
-        va="center",
+        ha=side,
+        va=base,
         size=9.5,
         color=SOFT,
         zorder=10,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 4},
+        bbox=box,
     )
     if blank:
         ax.grid(False)
@@ -157,7 +170,7 @@ def say(ax: Axes, text: str, *, blank: bool = True) -> None:
 
 def empty_sheet(title: str, text: str) -> Figure:
     """A figure that only says why there is nothing to draw."""
-    sheet = Sheet(title, width=7.0, row_height=2.0)
+    sheet = Sheet(title, width=max(7.0, 0.125 * len(title) + 0.4), row_height=2.0)
     say(sheet.axes[0, 0], text)
     return sheet.finish()
 

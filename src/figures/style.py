@@ -159,7 +159,7 @@ def power(base: str, value: float, lo: float, hi: float, digits: int = 2) -> str
 
 def nested(index: int, largest: float = 44.0) -> float:
     """Marker area of the index-th architecture: later ones are smaller, so that points at one place all show."""
-    return largest * 0.5**index
+    return largest * 0.58**index
 
 
 def nice_ticks(lo: float, hi: float, wanted: int = 4) -> list[float]:

@@ -1,8 +1,9 @@
 """The envelope of training curves (approach 1 of Hoffmann et al. 2022, section 3.1).
 
-At each of many FLOP values the run with the least loss so far gives N(H) and D(H); power laws through these points give the
-exponents. Curves whose learning rate has not yet decayed lie above what a run of that length would reach, so the
-envelope leans towards large D; it is a check on the IsoFLOP minima, not a replacement.
+At each of many FLOP values the run with the least loss so far gives N(H) and D(H); power laws through these points
+give the exponents. Curves whose learning rate has not yet decayed lie above what a run of that length would reach, so
+this is a check on the IsoFLOP minima, not a replacement. A FLOP value counts only where the best run lies strictly
+between the smallest and the largest model that reach it: elsewhere the optimum is outside of what was trained.
 """
 
 from collections.abc import Mapping
@@ -82,9 +83,7 @@ def fit_envelope(curves: pd.DataFrame | None, config: Mapping[str, Any], labels:
     return make_table("envelope", rows, labels)
 
 
-def _fit_group(
-    group: pd.DataFrame, config: Mapping[str, Any], generator: np.random.Generator
-) -> list[dict[str, Any]]:
+def _fit_group(group: pd.DataFrame, config: Mapping[str, Any], generator: np.random.Generator) -> list[dict[str, Any]]:
     settings = config["envelope"]
     needed = max(2, int(settings["min_points"]))
     grid = np.geomspace(group["flops"].min(), group["flops"].max(), int(settings["num_bins"]))
@@ -92,11 +91,12 @@ def _fit_group(
     shared = np.isfinite(loss).sum(axis=0) >= int(settings["min_runs_per_bin"])
     loss, tokens, x = loss[:, shared], tokens[:, shared], np.log10(grid[shared])
     loss = np.where(np.isfinite(loss), loss, np.inf)
-    winners = np.unique(loss.argmin(axis=0)).size if x.size else 0
+    best, bracketed = _winners(loss, params)
+    winners, num_points = np.unique(best[bracketed]).size, int(bracketed.sum())
     if winners < needed:
-        detail = f"{winners} of {len(params)} curves lie on the envelope; needs {needed}."
+        detail = f"{winners} of {len(params)} curves lie on the bracketed envelope; needs {needed}."
         return [
-            {"variable": variable, "num_points": int(x.size), "status": EnvelopeStatus.TOO_FEW_RUNS, "detail": detail}
+            {"variable": variable, "num_points": num_points, "status": EnvelopeStatus.TOO_FEW_RUNS, "detail": detail}
             for variable in VARIABLES
         ]
     counts = bootstrap_counts(len(params), int(config["num_resamples"]), generator)
@@ -106,20 +106,29 @@ def _fit_group(
     for j, variable in enumerate(VARIABLES):
         lo, hi = percentile_interval(samples[:, j, 1], config["confidence"])
         row = {"variable": variable, "log10_coefficient": lines[j, 0], "exponent": lines[j, 1]}
-        row |= {"exponent_lo": lo, "exponent_hi": hi, "num_points": int(x.size), "status": EnvelopeStatus.OK}
-        row["detail"] = f"{winners} of {len(params)} curves lie on the envelope."
+        row |= {"exponent_lo": lo, "exponent_hi": hi, "num_points": num_points, "status": EnvelopeStatus.OK}
+        row["detail"] = f"{winners} of {len(params)} curves lie on the bracketed envelope."
         if np.isnan(lo):
             row["detail"] += " Too few resamples keep enough curves on it: no interval."
         rows.append(row)
     return rows
 
 
+def _winners(loss: Array, params: Array) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Return the best run at each FLOP value and whether smaller and larger models reach it too, both shape (g,)."""
+    if loss.shape[1] == 0:
+        return np.zeros(0, dtype=np.intp), np.zeros(0, dtype=bool)
+    best, reached = loss.argmin(axis=0), np.isfinite(loss)
+    smallest = np.where(reached, params[:, None], np.inf).min(axis=0)
+    largest = np.where(reached, params[:, None], -np.inf).max(axis=0)
+    return best, (smallest < params[best]) & (params[best] < largest)
+
+
 def _envelope_lines(x: Array, loss: Array, tokens: Array, params: Array, drawn: Array, needed: int) -> Array:
     """Return (log10 coefficient, exponent) of N, D and L against H, shape (3, 2); NaN with too few winning curves."""
     present = np.where(drawn[:, None] > 0, loss, np.inf)
-    best = present.argmin(axis=0)
+    best, covered = _winners(present, params)
     column = np.arange(x.size)
-    covered = np.isfinite(present[best, column])
     if np.unique(best[covered]).size < needed:
         return np.full((3, 2), np.nan)
     best, column, x = best[covered], column[covered], x[covered]

@@ -58,7 +58,8 @@ def fit_isoflop(runs: pd.DataFrame, config: Mapping[str, Any]) -> tuple[pd.DataF
     """Fit every cell's parabola in log10 N and in log10 D, and bootstrap the runs within the cell.
 
     N* and D* of one cell share their resamples. A resample without a minimum inside the sampled range is left out and
-    counted; if fewer than half remain, the interval is NaN.
+    counted; if fewer than half remain, the interval is NaN. With few runs a bootstrap of pairs covers too little
+    (simulated at 95 %: 0.57 with 4 runs, 0.89 with 5, 0.93 with 20).
 
     Args:
         runs: usable runs (`tables.usable_runs`).

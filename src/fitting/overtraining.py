@@ -1,7 +1,7 @@
 """Over-training: loss against training FLOPs at a fixed token/param ratio.
 
-ln L = slope · ln H + intercept per ratio, by ordinary least squares; the claim is that the slopes are alike (Gadre et al.
-2024, "Language models scale reliably with over-training"; "xLSTM Scaling Laws", over-training section).
+ln L = slope · ln H + intercept per ratio, by ordinary least squares; the claim is that the slopes are alike (Gadre et
+al. 2024, "Language models scale reliably with over-training"; "xLSTM Scaling Laws", over-training section).
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Pareto frontier of loss against training FLOPs, and the FLOPs that two architectures need for equal loss.
 
-The ratio is read off the lower convex hull of the frontier in (ln H, ln L). The frontier itself is a staircase: between two
-IsoFLOP budgets it steps down within one budget, where a ratio would compare a good run with a poor one of equal FLOPs.
+The ratio is read off the lower convex hull of the frontier in (ln H, ln L). The frontier itself is a staircase that
+steps down within one IsoFLOP budget, where a ratio would compare a good run with a poor one of equal FLOPs.
 """
 
 from collections.abc import Mapping
@@ -73,8 +73,8 @@ def fit_pareto(runs: pd.DataFrame, config: Mapping[str, Any]) -> tuple[pd.DataFr
     """Find the frontiers and, over the losses that both architectures' frontiers span, the ratio of FLOPs.
 
     Runs are resampled within budgets and ratios; a resample whose frontier does not reach a loss is left out there, and
-    the interval is NaN if fewer than half remain (`no_interval`). A resample can only lose frontier runs, so near the ends
-    of the range the interval leans to the side of the architecture with more runs there.
+    the interval is NaN if fewer than half remain (`no_interval`). A resample can only lose frontier runs, so at the
+    ends of the range, where one run decides, the interval says little.
 
     Args:
         runs: usable runs (`tables.usable_runs`).
@@ -108,9 +108,7 @@ def _ratios(context: int, pair: Mapping[str, pd.DataFrame], config: Mapping[str,
         return []
     targets = np.geomspace(low, high, int(config["pareto"]["ratio_points"]))
     flops = {arch: flops_at_loss(*data[arch], targets) for arch in _ARCHITECTURES}
-    samples = {
-        arch: _resampled(*data[arch], pair[arch], targets, config, context, arch) for arch in _ARCHITECTURES
-    }
+    samples = {arch: _resampled(*data[arch], pair[arch], targets, config, context, arch) for arch in _ARCHITECTURES}
     ratios = samples["transformer"] / samples["xlstm"]  # [R, t]
     rows = []
     for j, target in enumerate(targets):

@@ -35,8 +35,8 @@ def fit_all(
         the runs, not on the order of their rows.
 
     Raises:
-        FitError: a column is absent, no run is usable, or not one fit of the study is valid; a cell that fails on its own
-            gets a status and a detail instead.
+        FitError: a column is absent, no run is usable, or not one fit of the study is valid; a cell that fails on
+            its own gets a status and a detail instead.
     """
     tell = progress if progress is not None else _silent
     usable = usable_runs(runs)

@@ -5,8 +5,8 @@ Minimises, for many starts or bootstrap resamples at once,
     F(theta) = sum_i w_i * Huber_delta(log L_i - f_i(theta)),
     f = logsumexp(gamma * logsumexp(a - alpha * n, b - beta * d), e)
 
-with theta = (a, b, e, alpha, beta[, gamma]) and n, d the centred log N, log D. The form is that of Hoffmann et al. 2022,
-section D.2, with the outer exponent gamma of "xLSTM Scaling Laws" added. Gradient and Hessian are analytic.
+with theta = (a, b, e, alpha, beta[, gamma]) and n, d the centred log N, log D. The form is that of Hoffmann et al.
+2022, section D.2, with the outer exponent gamma of "xLSTM Scaling Laws" added. Gradient and Hessian are analytic.
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .loss_surface import SURFACE_FIELDS, SurfaceFit, bootstrap_surface, fit_surface
+from .loss_surface import SURFACE_FIELDS
 from .resampling import percentile_interval, stratified_counts
+from .surface_fit import SurfaceFit, bootstrap_surface, fit_surface
 from .tables import make_table
 
 _SAMPLED = (*SURFACE_FIELDS, "exponent_params", "exponent_tokens")
@@ -28,8 +29,8 @@ def fit_surfaces(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Fit every architecture, subset and form at the base context.
 
-    The main Huber delta gets bootstrap intervals; the sensitivity deltas are point fits that continue from it. Resamples
-    keep the number of runs of each FLOP budget, and of the token/param set as a whole.
+    The main Huber delta gets bootstrap intervals; the sensitivity deltas are point fits that continue from it.
+    Resamples keep the number of runs of each FLOP budget, and of the token/param set as a whole.
 
     Args:
         runs: usable runs (`tables.usable_runs`).
@@ -104,4 +105,7 @@ def _intervals(
         intervals[f"{name}_lo"], intervals[f"{name}_hi"] = percentile_interval(column, config["confidence"])
     if key["form"] == "gamma_fixed":
         intervals["gamma_lo"] = intervals["gamma_hi"] = np.nan
-    return intervals | {"detail": f"{fit.detail} {survivors} of {len(counts)} resamples converged."}
+    detail = f"{fit.detail} {survivors} of {len(counts)} resamples converged."
+    if np.isnan(intervals["exponent_params_lo"]):
+        detail += " Fewer than half: no interval."
+    return intervals | {"detail": detail}

@@ -10,34 +10,38 @@ _INTEGERS = {"num_runs", "resamples_ok", "resample", "num_points", "num_starts",
 _STRINGS = {"arch", "variable", "predictor", "status", "detail", "subset", "form", "run_id"}
 _LABELS = {"isoflop_tag", "ratio_tag"}
 _TEXT = pd.StringDtype(na_value=np.nan)
-_SURFACE_VALUES = ("A", "B", "E", "alpha", "beta", "gamma", "exponent_params", "exponent_tokens")
 
 
-def _with_bounds(*names: str) -> list[str]:
-    return [column for name in names for column in (name, f"{name}_lo", f"{name}_hi")]
+def _columns(*parts: str) -> list[str]:
+    """Return the columns; `name±` stands for name, name_lo, name_hi."""
+    names = " ".join(parts).split()
+    return [
+        n for name in names for n in ((f"{name[:-1]}{end}" for end in ("", "_lo", "_hi")) if "±" in name else (name,))
+    ]
 
 
-_LAW = ["arch", "context_length", "variable", "predictor", "isoflop_tag"]
-_CELL = ["arch", "context_length", "isoflop_tag", "flops_mean", "variable"]
 COLUMNS: dict[str, list[str]] = {
-    "isoflop": [*_CELL, "num_runs", "a", "b", "c", *_with_bounds("x_opt", "loss_opt"), "x_min", "x_max", "r2"]
-    + ["resamples_ok", "status", "detail"],
-    "isoflop_resamples": [*_CELL, "resample", "x_opt", "loss_opt"],
-    "power_laws": [*_LAW, *_with_bounds("log10_coefficient", "exponent"), "num_points"]
-    + ["predictor_min", "predictor_max", "status", "detail"],
-    "power_law_bands": [*_LAW, "predictor_value", *_with_bounds("value")],
-    "surface": ["arch", "context_length", "subset", "form", "huber_delta", *_with_bounds(*_SURFACE_VALUES)]
-    + ["objective", "rmse_log", "r2_log", "num_runs", "num_starts", "num_starts_agree", "condition_number"]
-    + ["status", "detail"],
-    "surface_predictions": ["arch", "context_length", "subset", "form", "run_id", "num_params", "num_tokens"]
-    + ["val_loss", "predicted_loss"],
-    "overtraining": ["arch", "context_length", "ratio_tag", *_with_bounds("slope"), "intercept", "num_runs"]
-    + ["status", "detail"],
-    "pareto": ["arch", "context_length", "run_id", "num_flops", "num_params", "num_tokens", "val_loss"],
-    "pareto_ratio": ["context_length", "val_loss", "flops_xlstm", "flops_transformer", *_with_bounds("flop_ratio")]
-    + ["status"],
-    "envelope": ["arch", "context_length", "variable", "log10_coefficient", *_with_bounds("exponent"), "num_points"]
-    + ["status", "detail"],
+    "isoflop": _columns(
+        "arch context_length isoflop_tag flops_mean variable num_runs a b c x_opt± loss_opt±",
+        "x_min x_max r2 resamples_ok status detail",
+    ),
+    "isoflop_resamples": _columns("arch context_length isoflop_tag flops_mean variable resample x_opt loss_opt"),
+    "power_laws": _columns(
+        "arch context_length variable predictor isoflop_tag log10_coefficient± exponent±",
+        "num_points predictor_min predictor_max status detail",
+    ),
+    "power_law_bands": _columns("arch context_length variable predictor isoflop_tag predictor_value value±"),
+    "surface": _columns(
+        "arch context_length subset form huber_delta A± B± E± alpha± beta± gamma± exponent_params± exponent_tokens±",
+        "objective rmse_log r2_log num_runs num_starts num_starts_agree condition_number status detail",
+    ),
+    "surface_predictions": _columns(
+        "arch context_length subset form run_id num_params num_tokens val_loss predicted_loss"
+    ),
+    "overtraining": _columns("arch context_length ratio_tag slope± intercept num_runs status detail"),
+    "pareto": _columns("arch context_length run_id num_flops num_params num_tokens val_loss"),
+    "pareto_ratio": _columns("context_length val_loss flops_xlstm flops_transformer flop_ratio± status"),
+    "envelope": _columns("arch context_length variable log10_coefficient exponent± num_points status detail"),
 }
 _CONTEXT_MAY_BE_MISSING = {"power_laws", "power_law_bands"}
 REQUIRED_RUN_COLUMNS = (

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from xlstm_scaling.corpus import BatchSchedule, TokenDataset, ValidationWindows, get_batch, get_windows
 from xlstm_scaling.models import LanguageModel, build_model
+from xlstm_scaling.study.errors import Preempted
 from xlstm_scaling.study.files import digest, read_json, write_json_atomic
 from xlstm_scaling.study.plan import RunSpec
 from xlstm_scaling.training.checkpoint import CheckpointFolder, load_file, save_file
@@ -27,13 +28,7 @@ from xlstm_scaling.training.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 
-#: exit status of a run that saved a checkpoint because it was asked to stop
-EXIT_PREEMPTED = 85
 LOG_INTERVALS = 100  # entries of the training curve
-
-
-class Preempted(RuntimeError):
-    """The run was asked to stop (SIGTERM); a checkpoint was written."""
 
 
 class NonFiniteLoss(RuntimeError):

@@ -1,0 +1,197 @@
+"""The command ``xlstm-scaling``: each stage of a study by hand, with Hydra overrides."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+EPILOG = """stages, in order:
+  tokens     text -> tokens                      plan       grid -> plan of runs
+  train      one run (or all) of the plan        runs       results -> the table of runs
+  fit        table of runs -> laws               inference  latency measurements and the runtime model
+  figures    tables -> figures                   (report: `snakemake --cores 2 report`)
+
+Overrides are Hydra's: study=smoke training.seed=1 study.sizes.d64b2.learning_rate=0.005
+The whole study: make reproduce, or snakemake --cores 2 --config study=laptop"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xlstm-scaling",
+        description="Scaling laws of xLSTM and Transformer language models, stage by stage.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    from xlstm_scaling import __version__
+
+    parser.add_argument("--version", action="version", version=f"xlstm-scaling {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def stage(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides, e.g. study=smoke")
+        sub.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: results)")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        return sub
+
+    stage("config", "print the resolved configuration")
+    stage("tokens", "text -> tokenizer and token shards")
+    stage("plan", "the study's grid -> the plan of runs")
+    train = stage("train", "train one run of the plan (resumes by itself)")
+    train.add_argument("--run", help="run id, or a part of it that only one run has")
+    train.add_argument("--all", action="store_true", help="train all runs of the plan, one after the other")
+    train.add_argument("--plan", type=Path, help="a plan.json to take the run from, instead of overrides")
+    stage("status", "state of every run of the plan")
+    stage("runs", "results of all runs -> the table of runs")
+    stage("fit", "table of runs -> laws with intervals")
+    stage("inference", "time to first token and step time on this machine, and the runtime model")
+    figures = stage("figures", "tables -> figures")
+    figures.add_argument("--only", nargs="+", metavar="NAME", help="draw these figures only")
+
+    count = commands.add_parser("count", help="parameters and FLOPs of one model", description=_count.__doc__)
+    count.add_argument("--arch", required=True, help="xlstm or transformer")
+    for name in ("embedding-dim", "num-blocks", "num-heads", "vocab-size", "context-length"):
+        count.add_argument(f"--{name}", type=int, required=True)
+    count.add_argument("--chunk-size", type=int, default=64, help="mLSTM chunk [tokens] (default: 64)")
+    count.add_argument(
+        "--convention", default="paper", choices=["paper", "chinchilla", "tfla", "6nd", "traced"],
+        help="how FLOPs are counted (default: paper)",
+    )  # fmt: skip
+    count.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _count(args: argparse.Namespace) -> int:
+    """Parameters and FLOPs per sequence of one model, under a named convention."""
+    from xlstm_scaling.accounting import count_flops, count_params, make_shape
+
+    shape = make_shape(
+        args.arch, args.embedding_dim, args.num_blocks, args.num_heads, args.vocab_size, args.chunk_size
+    )
+    if args.convention == "traced":
+        from xlstm_scaling.models.traced import traced_flops
+
+        flops = traced_flops(shape, args.context_length)
+    else:
+        flops = count_flops(shape, args.context_length, args.convention)
+    counts = {
+        "num_params": count_params(shape),
+        "flops_forward": flops.forward,
+        "flops_forward_backward": flops.forward_backward,
+        "flops_linear": flops.linear,
+        "flops_sequence_mixing": flops.sequence_mixing,
+        "flops_other": flops.other,
+    }
+    if args.json:
+        print(json.dumps(counts | {"convention": args.convention, "context_length": args.context_length}))
+    else:
+        for name, value in counts.items():
+            print(f"{name:24s} {value:,}")
+    return 0
+
+
+def _stage(args: argparse.Namespace) -> int:
+    from xlstm_scaling import stages
+    from xlstm_scaling.study.config import ConfigError, compose
+    from xlstm_scaling.study.paths import StudyPaths
+
+    progress = not args.quiet
+    if args.command == "train" and args.plan is not None:
+        if args.overrides:
+            raise ConfigError("give either --plan or overrides, not both")
+        content, specs = stages.load_plan(args.plan)
+        return _train(args, specs, content["hardware"], progress)
+    config = compose(args.overrides)
+    if args.command == "config":
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(config, resolve=True), end="")
+        return 0
+    paths = StudyPaths.of(config, args.results)
+    if args.command == "tokens":
+        stages.tokens(config, paths, progress)
+    elif args.command == "plan":
+        table = stages.plan(config, paths)
+        columns = ["run_id", "num_params", "num_tokens", "num_flops", "learning_rate", "epochs", "estimated_time_s"]
+        print(table[columns].to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+        total = table.num_flops.sum()
+        print(f"{len(table)} runs, {total:.4g} FLOPs, about {table.estimated_time_s.sum() / 60:.3g} core-minutes")
+    elif args.command == "train":
+        from xlstm_scaling.study.config import to_dict
+        from xlstm_scaling.study.plan import plan_runs
+
+        return _train(args, plan_runs(config), to_dict(config.hardware), progress)
+    elif args.command == "status":
+        table = stages.status(config, paths)
+        print(table.to_string(index=False))
+        print(table.state.value_counts().to_string())
+    elif args.command == "runs":
+        stages.runs(paths)
+    elif args.command == "fit":
+        stages.fit(config, paths)
+    elif args.command == "inference":
+        stages.inference(config, paths, progress)
+    elif args.command == "figures":
+        stages.figures(config, paths, args.only, progress)
+    return 0
+
+
+def _train(args: argparse.Namespace, specs: Sequence, hardware: dict, progress: bool) -> int:
+    from xlstm_scaling import stages
+    from xlstm_scaling.study.config import ConfigError
+
+    if args.all == (args.run is not None):
+        names = "\n  ".join(spec.run_id for spec in specs[:20])
+        raise ConfigError(f"name a run with --run, or give --all; the plan has {len(specs)}:\n  {names}")
+    for spec in specs if args.all else [stages.find_run(specs, args.run)]:
+        result = stages.train(spec, hardware, args.results, progress)
+        print(f"{spec.run_id}: {result['status']}, validation loss {result['val_loss']:.4f} nat/token")
+    return 0
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message says all: printed without a traceback."""
+    return (ValueError, FileNotFoundError, OSError)
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run one command line; returns the exit status."""
+    args = _parser().parse_args(argv)
+    level = os.environ.get("XLSTM_SCALING_LOG", "INFO").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
+    handler: Callable[[argparse.Namespace], int] = _count if args.command == "count" else _stage
+    try:
+        return handler(args)
+    except expected_errors() as error:
+        if level == "DEBUG":
+            raise
+        print(f"xlstm-scaling {args.command}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        from xlstm_scaling.study.errors import EXIT_PREEMPTED, Preempted
+
+        if isinstance(error, Preempted):
+            print(f"xlstm-scaling {args.command}: {error}", file=sys.stderr)
+            return EXIT_PREEMPTED
+        raise
+
+
+def main() -> None:
+    """Entry point; a run of a workflow is forked from a process that has imported torch already (warm start)."""
+    argv = sys.argv[1:]
+    if argv and argv[0] == "train":
+        from xlstm_scaling.warmstart import run_warm
+
+        status = run_warm(argv)
+        if status is not None:
+            sys.exit(status)
+    sys.exit(run_command(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The stages of a study as functions: files in, files out. The command line and the workflow call the same ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from xlstm_scaling.study.config import ConfigError, to_dict, write_resolved
+from xlstm_scaling.study.files import read_json, write_json_atomic, write_table
+from xlstm_scaling.study.paths import StudyPaths
+from xlstm_scaling.study.plan import PlanError, RunSpec, plan_runs, plan_table, plan_warnings
+
+log = logging.getLogger(__name__)
+
+
+def tokens(config: DictConfig, paths: StudyPaths, progress: bool = True) -> dict:
+    """Text -> tokens: ``tokens/<id>/meta.json`` and the shards beside it."""
+    from xlstm_scaling.corpus.build import build_tokens
+
+    meta = build_tokens(to_dict(config.corpus), to_dict(config.tokenizer), paths.tokens, progress)
+    write_resolved(config, paths.tokens / "config.yaml", ["corpus", "tokenizer"])
+    train = meta["splits"]["train"]
+    log.info("%s: %s training tokens, vocabulary %d", paths.tokens, f"{train['num_tokens']:,}", meta["vocab_size"])
+    return meta
+
+
+def corpus_tokens(config: DictConfig, paths: StudyPaths) -> float | None:
+    """Training tokens of the corpus: counted where the tokens exist, else ``corpus.expected_tokens``."""
+    meta = paths.tokens / "meta.json"
+    if meta.is_file():
+        return float(read_json(meta)["splits"]["train"]["num_tokens"])
+    expected = config.corpus.get("expected_tokens")
+    return None if expected is None else float(expected)
+
+
+def plan(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
+    """The plan of runs: ``plan/plan.json`` (what runs need) and ``plan/plan.parquet`` (what people read)."""
+    runs = plan_runs(config)
+    table = plan_table(runs, config, corpus_tokens(config, paths))
+    warnings = plan_warnings(table, config)
+    meta = paths.tokens / "meta.json"
+    if meta.is_file() and (vocab := read_json(meta)["vocab_size"]) != runs[0].shape["vocab_size"]:
+        raise PlanError(f"the tokens have a vocabulary of {vocab}, the plan's models {runs[0].shape['vocab_size']}")
+    for warning in warnings:
+        log.warning("%s", warning)
+    write_table(table, paths.plan / "plan")
+    write_resolved(config, paths.plan / "config.yaml")
+    write_json_atomic(
+        paths.plan / "plan.json",
+        {
+            "study": config.study.name,
+            "corpus": config.corpus.name,
+            "hardware": to_dict(config.hardware),
+            "warnings": warnings,
+            "runs": [asdict(run) for run in runs],
+        },
+    )
+    return table
+
+
+def load_plan(path: Path) -> tuple[dict, list[RunSpec]]:
+    """``plan.json`` -> its content and its runs. FileNotFoundError says which stage to run."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no plan at {path}: run the stage `plan` first")
+    content = read_json(path)
+    return content, [RunSpec(**run) for run in content["runs"]]
+
+
+def find_run(runs: Sequence[RunSpec], name: str) -> RunSpec:
+    """The run of this id, or the only one whose id starts with or contains ``name``."""
+    exact = [run for run in runs if run.run_id == name]
+    found = exact or [run for run in runs if run.run_id.startswith(name)] or [r for r in runs if name in r.run_id]
+    if len(found) == 1:
+        return found[0]
+    listed = "\n  ".join(run.run_id for run in (found or runs)[:20])
+    what = f"{len(found)} runs match {name!r}" if found else f"no run matches {name!r}"
+    raise ConfigError(f"{what}; there are:\n  {listed}")
+
+
+def train(run: RunSpec, hardware: dict, results: Path, progress: bool = True) -> dict:
+    """Train one run (or find it trained): ``runs/<run_id>/result.json``."""
+    from xlstm_scaling.training.trainer import Execution
+    from xlstm_scaling.training.trainer import train as train_run
+
+    execution = Execution(
+        device=hardware["device"],
+        threads=hardware["threads_per_run"],
+        peak_flops=hardware["peak_flops"],
+        micro_batch_sequences=hardware["micro_batch_sequences"],
+        checkpoint_interval_s=hardware["checkpoint_interval_s"],
+        progress=progress,
+    )
+    tokens_folder = Path(results) / "tokens" / run.tokens_id
+    if not (tokens_folder / "meta.json").is_file():
+        raise FileNotFoundError(f"no tokens at {tokens_folder}: run the stage `tokens` first")
+    return train_run(run, tokens_folder, Path(results) / "runs" / run.run_id, execution)
+
+
+def runs(paths: StudyPaths) -> pd.DataFrame:
+    """The table of runs and the training curves of the plan in ``plan/plan.json``."""
+    from xlstm_scaling.study.runs import curves_table, load_results, runs_table
+
+    content, specs = load_plan(paths.plan / "plan.json")
+    table = runs_table(specs, load_results(specs, paths.runs), content["study"], content["corpus"])
+    write_table(curves_table(specs, paths.runs), paths.study / "curves")
+    write_table(table, paths.study / "runs")
+    for row in table[table.status != "ok"].itertuples():
+        log.warning("%s %s: %s; the fits leave it out", row.run_id, row.status, row.detail)
+    return table
+
+
+def fit(config: DictConfig, paths: StudyPaths) -> dict[str, pd.DataFrame]:
+    """Every law from the table of runs: ``fits/*.parquet``."""
+    from xlstm_scaling.fitting import fit_all
+    from xlstm_scaling.study.runs import read_runs
+
+    curves = pd.read_parquet(paths.study / "curves.parquet").rename(columns={"train_loss": "loss"})
+    tables = fit_all(read_runs(paths.study / "runs.parquet"), to_dict(config.fitting), curves, log.info)
+    for name, table in tables.items():
+        write_table(table, paths.fits / name)
+    write_resolved(config, paths.fits / "config.yaml", ["fitting"])
+    return tables
+
+
+def figures(config: DictConfig, paths: StudyPaths, only: Sequence[str] | None = None, progress: bool = True) -> None:
+    """Draw the figures from the tables: ``figures/*.svg`` and ``*.png``."""
+    from xlstm_scaling.figures.study import draw_all
+
+    draw_all(paths.study, paths.figures, {**to_dict(config), "study": config.study.name}, only, progress)
+    write_resolved(config, paths.figures / "config.yaml", ["figures"])
+
+
+def status(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
+    """State of every run of the plan: finished, in progress with its step, or pending."""
+    rows = []
+    for run in plan_runs(config):
+        folder = paths.runs / run.run_id
+        row = {"run_id": run.run_id, "state": "pending", "step": 0, "steps": run.num_train_steps, "loss": None}
+        history = folder / "history.jsonl"
+        if (folder / "result.json").is_file():
+            result = read_json(folder / "result.json")
+            row |= {"state": result["status"], "step": result["steps_done"], "loss": result["val_loss"]}
+        elif history.is_file() and (lines := history.read_text().splitlines()):
+            try:
+                entry = json.loads(lines[-1])
+                row |= {"state": "started", "step": entry["step"], "loss": entry["train_loss"]}
+            except json.JSONDecodeError:
+                row["state"] = "started"
+        rows.append(row)
+    return pd.DataFrame(rows)
+

@@ -1,0 +1,52 @@
+"""Where a study's files lie under the results folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from xlstm_scaling.corpus.build import tokens_id
+from xlstm_scaling.study.config import to_dict
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """``tokens/`` and ``runs/`` are shared by all studies; the rest belongs to one."""
+
+    results: Path
+    name: str
+    tokens_id: str
+
+    @classmethod
+    def of(cls, config: DictConfig, results: Path | str = "results") -> StudyPaths:
+        return cls(Path(results), config.study.name, tokens_id(to_dict(config.corpus), to_dict(config.tokenizer)))
+
+    @property
+    def tokens(self) -> Path:
+        return self.results / "tokens" / self.tokens_id
+
+    @property
+    def runs(self) -> Path:
+        return self.results / "runs"
+
+    @property
+    def study(self) -> Path:
+        return self.results / self.name
+
+    @property
+    def plan(self) -> Path:
+        return self.study / "plan"
+
+    @property
+    def fits(self) -> Path:
+        return self.study / "fits"
+
+    @property
+    def inference(self) -> Path:
+        return self.study / "inference"
+
+    @property
+    def figures(self) -> Path:
+        return self.study / "figures"

@@ -1,0 +1,126 @@
+"""The table of runs: results of all runs of a plan as one validated table, and their training curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from xlstm_scaling.study.files import read_json
+from xlstm_scaling.study.plan import RunSpec
+
+SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow" / "schemas" / "runs.schema.yaml"
+
+#: what each curve row carries beside the entries of ``history.jsonl``
+CURVE_KEYS = ["run_id", "arch", "context_length", "num_params", "experiment_set", "isoflop_tag"]
+CURVE_VALUES = ["step", "tokens", "flops", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu"]
+
+
+class TableError(ValueError):
+    """A table of runs that breaks its schema; the message says which column and rows."""
+
+
+def validate_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """Check a table of runs against ``workflow/schemas/runs.schema.yaml``; returns it with the schema's types.
+
+    Raises TableError. Runs with status ok must have a loss.
+    """
+    import pandera.pandas as pa
+
+    schema = pa.DataFrameSchema.from_yaml(SCHEMA_PATH)
+    try:
+        table = schema.validate(table, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        cases = error.failure_cases[["column", "check", "failure_case"]].head(10)
+        raise TableError(f"the table of runs breaks its schema:\n{cases.to_string(index=False)}") from None
+    lossless = table.loc[(table.status == "ok") & table.val_loss.isna(), "run_id"]
+    if len(lossless):
+        raise TableError(f"runs with status ok but without val_loss: {', '.join(lossless[:5])}")
+    return table
+
+
+def read_runs(path: Path) -> pd.DataFrame:
+    """Read and validate a table of runs (Parquet, or CSV)."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no table of runs at {path}: run the stage `runs` first")
+    return validate_runs(pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path))
+
+
+def runs_table(specs: Sequence[RunSpec], results: Sequence[dict], study: str, corpus: str) -> pd.DataFrame:
+    """Join the plan and the results, in the plan's order -> the validated table of runs."""
+    rows = []
+    for spec, result in zip(specs, results, strict=True):
+        if result["run_id"] != spec.run_id:
+            raise TableError(f"result of {result['run_id']} where {spec.run_id} belongs")
+        rows.append(
+            {
+                "run_id": spec.run_id,
+                "source": "trained",
+                "study": study,
+                "status": result["status"],
+                "detail": result["detail"],
+                "experiment_set": spec.experiment_set,
+                "isoflop_tag": spec.isoflop_tag if spec.isoflop_tag is not None else math.nan,
+                "ratio_tag": spec.ratio_tag if spec.ratio_tag is not None else math.nan,
+                "size": spec.size,
+                "context_length": spec.context_length,
+                **spec.shape,
+                "num_params": spec.num_params,
+                "num_tokens": spec.num_tokens,
+                "num_flops": spec.num_flops,
+                "tokens_per_param": spec.num_tokens / spec.num_params,
+                "global_batch_size_sequences": spec.batch_sequences,
+                "num_train_steps": spec.num_train_steps,
+                "learning_rate": spec.learning_rate,
+                "seed": spec.seed,
+                "compute_dtype": spec.compute_dtype,
+                "corpus": corpus,
+                **{
+                    key: result[key]
+                    for key in (
+                        "epochs", "val_loss", "train_loss", "val_bits_per_byte", "tokens_per_s", "mfu",
+                        "train_time_s", "tokens_digest",
+                    )
+                },
+            }  # fmt: skip
+        )
+    return validate_runs(pd.DataFrame(rows))
+
+
+def curves_table(specs: Sequence[RunSpec], runs_folder: Path) -> pd.DataFrame:
+    """Training curves of all runs as one table, one row a logged step."""
+    frames = []
+    for spec in specs:
+        path = Path(runs_folder) / spec.run_id / "history.jsonl"
+        if not path.is_file():
+            continue
+        curve = pd.read_json(path, lines=True)
+        if curve.empty:
+            continue
+        curve = curve.reindex(columns=CURVE_VALUES).astype("float64")
+        keys = {
+            "run_id": spec.run_id,
+            "arch": spec.arch,
+            "context_length": spec.context_length,
+            "num_params": spec.num_params,
+            "experiment_set": spec.experiment_set,
+            "isoflop_tag": spec.isoflop_tag if spec.isoflop_tag is not None else math.nan,
+        }
+        frames.append(curve.assign(**keys)[CURVE_KEYS + CURVE_VALUES])
+    if not frames:
+        return pd.DataFrame(columns=CURVE_KEYS + CURVE_VALUES)
+    return pd.concat(frames, ignore_index=True)
+
+
+def load_results(specs: Sequence[RunSpec], runs_folder: Path) -> list[dict]:
+    """``result.json`` of every run, in order. FileNotFoundError names the runs that are missing."""
+    paths = [Path(runs_folder) / spec.run_id / "result.json" for spec in specs]
+    missing = [path.parent.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(specs)} runs have no result yet, e.g. {missing[0]}: run the stage `train` first"
+        )
+    return [read_json(path) for path in paths]

@@ -1,0 +1,86 @@
+"""`draw_all`: what it writes, that it writes the same again, and the captions."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from matplotlib.image import imread
+
+from xlstm_scaling.figures import FIGURES, FigureError, captions, draw_all, figure_outputs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def drawn(results, tmp_path_factory):
+    out = tmp_path_factory.mktemp("figures")
+    return out, draw_all(results, out, {"figures": {"dpi": 60}, "fitting": {"confidence": 0.9}}, progress=False)
+
+
+def test_writes_what_it_says_and_leaves_nothing_else(drawn):
+    out, written = drawn
+    assert sorted(written) == sorted(figure_outputs(out, {})) == sorted(out.iterdir())
+    assert {path.suffix for path in written} == {".svg", ".png", ".csv"}
+    for path in written:
+        assert imread(path).shape[1] > 300 if path.suffix == ".png" else path.stat().st_size > 100
+        if path.suffix == ".csv":
+            assert len(pd.read_csv(path)) > 0
+
+
+def test_confidence_of_the_fits_is_in_the_figures(results):
+    from xlstm_scaling.figures import Tables
+    from xlstm_scaling.figures.study import figure_config
+
+    options = figure_config({"figures": {"confidence": None}, "fitting": {"confidence": 0.9}})
+    figure = FIGURES["compute_optimal"].draw(Tables(results), options)
+    assert any("90 % bootstrap" in text.get_text() for text in figure.texts)
+
+
+def test_second_draw_in_another_process_gives_the_same_bytes(drawn, results, tmp_path):
+    out, _ = drawn
+    code = (
+        "import sys; from xlstm_scaling.figures import draw_all;"
+        "draw_all(sys.argv[1], sys.argv[2], {'figures': {'dpi': 60}, 'fitting': {'confidence': 0.9}}, progress=False)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(results), str(tmp_path)], check=True)
+    for path in sorted(out.iterdir()):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_only_some_figures_and_formats(results, tmp_path):
+    written = draw_all(results, tmp_path, {"formats": ["svg"]}, only=["compute_optimal"], progress=False)
+    assert written == [tmp_path / "compute_optimal.svg"]
+    assert "<dc:date>" not in written[0].read_text()
+    assert figure_outputs(tmp_path, {"figures": {"only": ["ttft"], "formats": ["png"]}})[0].name == "ttft.png"
+
+
+def test_unknown_figure_and_missing_tables_fail_before_drawing(results, tmp_path):
+    with pytest.raises(FigureError, match="no figure 'losses'; there are: loss_vs_flops"):
+        draw_all(results, tmp_path, {}, only=["losses"], progress=False)
+    with pytest.raises(FigureError, match="ttft: table 'inference/measurements' is missing"):
+        draw_all(tmp_path / "nowhere", tmp_path / "out", {}, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_figure_has_a_caption():
+    folder = ROOT / "workflow" / "report"
+    for name, path in captions(folder).items():
+        text = path.read_text()
+        assert len(text) > 200, name
+        assert text.count("{{") == text.count("}}")
+    assert (folder / "workflow.rst").is_file()
+    with pytest.raises(FigureError, match="captions are missing"):
+        captions(folder / "none")
+
+
+def test_default_config_has_the_options_used():
+    config = yaml.safe_load((ROOT / "conf" / "figures" / "default.yaml").read_text())
+    assert {"formats", "dpi", "only", "base_context", "context_budget", "confidence", "surface"} <= set(config)
+
+
+def test_figures_do_not_import_torch_or_snakemake():
+    code = "import sys, xlstm_scaling.figures; print([m for m in ('torch', 'snakemake') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

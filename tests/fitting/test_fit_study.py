@@ -1,0 +1,92 @@
+import numpy as np
+import pandas as pd
+import pytest
+from xlstm_scaling.fitting import COLUMNS, FitError, fit_all
+
+
+@pytest.fixture
+def quick(config):
+    config["num_resamples"] = 40
+    config["surface"]["sensitivity_deltas"] = [1.0e-2]
+    config["surface"]["init_grid"]["a"] = config["surface"]["init_grid"]["b"] = [5, 15]
+    return config
+
+
+def test_every_table_has_its_columns_and_types(quick, make_runs):
+    lines = []
+    tables = fit_all(make_runs(noise=0.003), quick, progress=lines.append)
+    assert set(tables) == set(COLUMNS)
+    for name, table in tables.items():
+        assert list(table.columns) == COLUMNS[name]
+    empty = tables["envelope"]
+    assert empty.empty
+    assert empty["exponent"].dtype == np.float64
+    assert empty["num_points"].dtype == np.int64
+    assert tables["power_laws"]["context_length"].dtype == np.float64
+    assert tables["isoflop"]["context_length"].dtype == np.int64
+    assert tables["isoflop"]["isoflop_tag"].map(type).eq(str).all()
+    assert tables["power_laws"].query("predictor == 'flops'")["isoflop_tag"].isna().all()
+    assert len(lines) > 10
+    assert set(tables["surface"]["huber_delta"]) == {1e-3, 1e-2}
+    assert set(tables["surface"]["context_length"]) == {512}
+
+
+def test_order_of_the_rows_does_not_matter(quick, make_runs):
+    runs = make_runs(noise=0.003)
+    shuffled = runs.sample(frac=1.0, random_state=3)
+    first, second = fit_all(runs, quick), fit_all(shuffled, quick)
+    for name in COLUMNS:
+        pd.testing.assert_frame_equal(first[name], second[name], check_exact=True, obj=name)
+
+
+def test_bad_runs_are_left_out(quick, make_runs):
+    runs = make_runs(noise=0.003)
+    bad = runs.iloc[[0, 1, 2]].copy()
+    bad["run_id"] = ["bad0", "bad1", "bad2"]
+    bad["status"] = ["diverged", "failed", "ok"]
+    bad["val_loss"] = [9.0, 9.0, np.nan]
+    first, second = fit_all(runs, quick), fit_all(pd.concat([bad, runs], ignore_index=True), quick)
+    for name in COLUMNS:
+        pd.testing.assert_frame_equal(first[name], second[name], check_exact=True, obj=name)
+
+
+def test_numeric_tags_stay_numeric(quick, make_runs):
+    runs = make_runs(noise=0.003)
+    runs["isoflop_tag"] = runs["isoflop_tag"].astype(float)
+    assert fit_all(runs, quick)["isoflop"]["isoflop_tag"].dtype == np.float64
+
+
+def test_no_valid_fit_says_what_was_missing(quick, make_runs):
+    runs = make_runs()
+    few = runs[runs["isoflop_tag"] == "1e+11"].groupby(["arch", "context_length"]).head(3)
+    with pytest.raises(FitError, match=r"12 usable runs.*too_few_runs"):
+        fit_all(few, quick)
+    with pytest.raises(FitError, match="none of the"):
+        fit_all(runs.assign(status="failed"), quick)
+    with pytest.raises(FitError, match="val_loss"):
+        fit_all(runs.drop(columns="val_loss"), quick)
+    with pytest.raises(ValueError, match="not one fit"):
+        fit_all(few, quick)
+
+
+def test_one_architecture_and_one_set_are_enough(quick, make_runs):
+    runs = make_runs(noise=0.003, archs=("xlstm",))
+    tables = fit_all(runs[runs["experiment_set"] == "isoflop"], quick)
+    assert (tables["isoflop"]["status"] == "ok").any()
+    assert tables["overtraining"].empty
+    assert tables["pareto_ratio"].empty
+    skipped = tables["surface"].query("subset == 'tokenparam'")
+    assert set(skipped["status"]) == {"too_few_runs"}
+    assert skipped[["A", "objective"]].isna().all(axis=None)
+
+
+def test_surface_intervals_bracket_the_planted_exponent(config, make_runs):
+    config["surface"] |= {"forms": ["gamma_fixed"], "subsets": ["all"], "sensitivity_deltas": []}
+    config["num_resamples"] = 200
+    table = fit_all(make_runs(noise=0.002, sizes=9), config)["surface"].set_index("arch")
+    assert set(table["status"]) == {"converged"}
+    for arch, planted in (("xlstm", 0.33 / 0.68), ("transformer", 0.32 / 0.66)):
+        row = table.loc[arch]
+        width = row["exponent_params_hi"] - row["exponent_params_lo"]
+        assert 0 < width < 0.3
+        assert row["exponent_params_lo"] - 0.25 * width <= planted <= row["exponent_params_hi"] + 0.25 * width
