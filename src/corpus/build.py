@@ -5,6 +5,7 @@ import heapq
 import importlib.metadata
 import json
 import logging
+import re
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -190,10 +191,14 @@ def tokens_id(
 
 
 def _package_version(package: str, install: str | None, wanted_by: str) -> str:
-    package_folder(package, install, wanted_by)
+    """``package==version`` as installed; where it is not, as ``install`` pins it, so that a plan can be made."""
     try:
         return f"{package}=={importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
+        pinned = re.search(rf"(?<![\w-]){re.escape(package)}==[\w.+!-]+", install or "")
+        if pinned is not None:
+            return pinned[0]
+        package_folder(package, install, wanted_by)  # raises where the package is missing
         return package
 
 

@@ -171,3 +171,13 @@ def ttft(tables: Tables, config: Mapping[str, Any]) -> Figure:
 def step_time(tables: Tables, config: Mapping[str, Any]) -> Figure:
     """Time of one generation step against prefill length, per model size."""
     return _draw(tables, "step_time", config)
+
+
+def ttft_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
+    """The measurements and model lines of `ttft`."""
+    return timing_data(tables, "ttft", config)
+
+
+def step_time_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
+    """The measurements and model lines of `step_time`."""
+    return timing_data(tables, "step_time", config)

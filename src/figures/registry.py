@@ -1,28 +1,31 @@
-"""Every figure of a study: its name, what draws it, and the tables it needs."""
+"""Every figure of a study: its name, what draws it, and the tables it needs.
 
+The drawing code is imported when a figure is drawn, so that the workflow can ask for names without matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
-from .context import context, context_data
-from .curves import curves_data, training_curves
-from .inference import step_time, timing_data, ttft
-from .isoflop import isoflop_curves, isoflop_data
-from .optimal import compute_optimal
-from .overtraining import overtraining, overtraining_data
-from .overview import study_overview
-from .pareto import loss_vs_flops
-from .sensitivity import sensitivity, sensitivity_data
-from .surface import loss_surface, surface_data
-from .tables import Tables
+    from .tables import Tables
+
+    Draw = Callable[[Tables, Mapping[str, Any]], Figure]
+    Data = Callable[[Tables, Mapping[str, Any]], pd.DataFrame]
 
 CATEGORIES = ("Overview", "Training", "Scaling laws", "Inference")
 
-Draw = Callable[[Tables, Mapping[str, Any]], Figure]
-Data = Callable[[Tables, Mapping[str, Any]], pd.DataFrame]
+
+def _load(reference: str) -> Callable:
+    """``module:function`` of this package."""
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,21 @@ class FigureSpec:
     """One figure. `tables` are required; `data` gives the tidy table drawn where that is not already an output."""
 
     name: str
-    draw: Draw
+    draw_reference: str
     title: str
     category: str
     tables: tuple[str, ...]
-    data: Data | None = None
+    data_reference: str | None = None
+
+    @property
+    def draw(self) -> Draw:
+        """(tables, options) -> Figure."""
+        return _load(self.draw_reference)
+
+    @property
+    def data(self) -> Data | None:
+        """(tables, options) -> the tidy table drawn, or None."""
+        return None if self.data_reference is None else _load(self.data_reference)
 
     @property
     def caption(self) -> str:
@@ -48,65 +61,65 @@ _TIMES = ("inference/measurements", "inference/runtime_model", "inference/runtim
 _ALL = (
     FigureSpec(
         "loss_vs_flops",
-        loss_vs_flops,
+        "pareto:loss_vs_flops",
         "Loss against training compute",
         "Overview",
         ("runs", "fits/pareto", "fits/pareto_ratio"),
     ),
-    FigureSpec("study_overview", study_overview, "The plan: model sizes and tokens", "Overview", ("runs",)),
-    FigureSpec("training_curves", training_curves, "Training curves", "Training", ("curves",), curves_data),
+    FigureSpec("study_overview", "overview:study_overview", "The plan: model sizes and tokens", "Overview", ("runs",)),
+    FigureSpec("training_curves", "curves:training_curves", "Training curves", "Training", ("curves",), "curves:curves_data"),
     FigureSpec(
-        "isoflop_curves", isoflop_curves, "IsoFLOP curves", "Scaling laws", ("runs", "fits/isoflop"), isoflop_data
+        "isoflop_curves", "isoflop:isoflop_curves", "IsoFLOP curves", "Scaling laws", ("runs", "fits/isoflop"), "isoflop:isoflop_data"
     ),
     FigureSpec(
         "compute_optimal",
-        compute_optimal,
+        "optimal:compute_optimal",
         "Compute-optimal model size and tokens",
         "Scaling laws",
         ("runs", "fits/isoflop", *_POWER),
     ),
     FigureSpec(
         "loss_surface",
-        loss_surface,
+        "surface:loss_surface",
         "Fitted loss surface",
         "Scaling laws",
         ("runs", "fits/surface", "fits/surface_predictions"),
-        surface_data,
+        "surface:surface_data",
     ),
     FigureSpec(
-        "overtraining", overtraining, "Over-training", "Scaling laws", ("runs", "fits/overtraining"), overtraining_data
+        "overtraining", "overtraining:overtraining", "Over-training", "Scaling laws", ("runs", "fits/overtraining"), "overtraining:overtraining_data"
     ),
     FigureSpec(
         "context",
-        context,
+        "context:context",
         "Effect of the context length",
         "Scaling laws",
         ("runs", "fits/isoflop", *_POWER),
-        context_data,
+        "context:context_data",
     ),
     FigureSpec(
         "sensitivity",
-        sensitivity,
+        "sensitivity:sensitivity",
         "Sensitivity of the exponent",
         "Scaling laws",
         ("fits/power_laws", "fits/surface"),
-        sensitivity_data,
+        "sensitivity:sensitivity_data",
     ),
     FigureSpec(
         "ttft",
-        ttft,
+        "inference:ttft",
         "Time to first token",
         "Inference",
         _TIMES,
-        lambda tables, config: timing_data(tables, "ttft", config),
+        "inference:ttft_data",
     ),
     FigureSpec(
         "step_time",
-        step_time,
+        "inference:step_time",
         "Step time",
         "Inference",
         _TIMES,
-        lambda tables, config: timing_data(tables, "step_time", config),
+        "inference:step_time_data",
     ),
 )
 

@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from .registry import FIGURES
-from .style import save_figure
 from .tables import FigureError, Tables
 
 FORMATS = ("svg", "png")
@@ -39,7 +38,7 @@ def figure_outputs(out_dir: Path, config: Mapping[str, Any], only: Sequence[str]
     paths = []
     for name in figure_names(config, only):
         paths += [Path(out_dir) / f"{name}.{kind}" for kind in options.get("formats") or FORMATS]
-        if FIGURES[name].data is not None:
+        if FIGURES[name].data_reference is not None:
             paths.append(Path(out_dir) / f"{name}.csv")
     return paths
 
@@ -88,6 +87,8 @@ def draw_all(
     Each figure is written in every format of `figures.formats`, with the tidy table it was drawn from as CSV where
     that is not an output of another stage. Raises FigureError, before drawing, where a required table is missing.
     """
+    from .style import save_figure  # matplotlib loads when figures are drawn
+
     tables, out_dir, options = Tables(results_dir), Path(out_dir), figure_config(config)
     names = figure_names(config, only)
     require(tables, names)

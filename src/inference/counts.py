@@ -37,7 +37,7 @@ def add_counts(measurements: pd.DataFrame, generate_steps: int = 1) -> pd.DataFr
 
     Args:
         measurements: as in docs/tables.md; rows of any status.
-        generate_steps: decode steps that ``step_time_s`` is taken over; a step is counted at the mean of their positions.
+        generate_steps: decode steps that ``step_time_s`` is taken over; a step is counted at their mean position.
 
     Returns:
         A copy with the columns ``ttft_flops``, ``ttft_bytes`` (a whole prefill of the batch, logits of the last token),

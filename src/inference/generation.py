@@ -39,9 +39,9 @@ def prefill(model: LanguageModel, tokens: Tensor, state: list, chunk: int | None
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Next tokens (B,) int64 of logits (B, V): the largest at temperature 0, else drawn from softmax(logits / temperature).
+    """Next tokens (B,) int64 of logits (B, V): the largest at temperature 0, else a draw.
 
-    ``top_k`` keeps the k largest logits. Ties go to the lowest id at temperature 0.
+    Drawn from softmax(logits / temperature); ``top_k`` keeps the k largest logits.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -86,7 +86,7 @@ def generate(
         top_k: sample among the k most likely tokens; None among all.
         seed: of the samples; the same seed gives the same tokens on the same machine.
         prefill_chunk: tokens of the prompt in one forward pass; None reads it at once.
-        eod_id: a sequence that produced this token is over and is filled up with it; generation stops when all are over.
+        eod_id: a sequence that produced this token is over and filled up with it; all over, generation stops.
 
     Returns:
         (B, T + n) int64 with n ≤ ``max_new_tokens``: the prompts followed by what was generated, on the model's device.

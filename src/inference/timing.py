@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -34,7 +34,6 @@ def timed_pass(model: LanguageModel, prompt: Tensor, steps: int) -> tuple[float,
         in between.
     """
     device, batch, length = prompt.device, *prompt.shape
-    gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -77,11 +76,8 @@ def parameter_bytes(model: torch.nn.Module) -> int:
 
 def _release_freed_memory() -> None:
     """Hand freed heap pages back to the system (glibc), so that they do not hide a later allocation."""
-    gc.collect()
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass  # another C library
 
 
 def _high_water_bytes() -> int:
@@ -91,7 +87,7 @@ def _high_water_bytes() -> int:
     raise OSError("no VmHWM in /proc/self/status")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _resident_peak() -> Iterator[Callable[[], int]]:
     """Peak resident set of this process in the block [bytes]: the kernel's own mark on Linux, else sampled every ms."""
     try:

@@ -46,6 +46,7 @@ class IsoflopCell:
     sizes: list[str] = field(default_factory=list)
     grid: dict[int, list[int]] = field(default_factory=dict)
     batch_sequences: int | None = None
+    learning_rate_by_width: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +60,7 @@ class TokenParamCell:
     num_train_steps: list[int] = field(default_factory=list)
     batch_sequences: int | None = None
     learning_rate: float | None = None
+    warmup_steps: int | None = None
 
 
 @dataclass

@@ -154,10 +154,18 @@ class Planner:
         return max(rule.min_sequences, 2 ** round(math.log2(tokens / context_length)))
 
     def run(
-        self, shape: ModelShape, context_length: int, batch: int, steps: int, learning_rate: float, **place: object
+        self,
+        shape: ModelShape,
+        context_length: int,
+        batch: int,
+        steps: int,
+        learning_rate: float,
+        warmup_steps: int | None = None,
+        **place: object,
     ) -> RunSpec:
         schedule = self.training.schedule
-        warmup = schedule.warmup_steps if schedule.warmup_steps is not None else steps * schedule.warmup_fraction
+        warmups = (warmup_steps, schedule.warmup_steps, steps * schedule.warmup_fraction)
+        warmup = next(value for value in warmups if value is not None)
         cooldown = (
             schedule.cooldown_steps if schedule.cooldown_steps is not None else steps * schedule.cooldown_fraction
         )
@@ -217,7 +225,12 @@ class Planner:
             for size_name, shape, explicit_lr in shapes:
                 per_step = count_flops(shape, T).forward_backward * batch
                 steps = self.steps_for(f"study.isoflop.{name}, {arch} {size_name}", per_step, budget)
-                rate = explicit_lr if explicit_lr is not None else self.learning_rate(shape, budget)
+                rates = (
+                    explicit_lr,
+                    cell.learning_rate_by_width.get(shape.embedding_dim),
+                    self.learning_rate(shape, budget),
+                )
+                rate = next(value for value in rates if value is not None)
                 yield self.run(
                     shape, T, batch, steps, rate, experiment_set="isoflop", isoflop_tag=float(budget), size=size_name
                 )
@@ -246,8 +259,9 @@ class Planner:
                     rates = (cell.learning_rate, size.learning_rate, self.learning_rate(shape, flops))
                     rate = next(value for value in rates if value is not None)
                     yield self.run(
-                        shape, T, batch, steps, rate, experiment_set="tokenparam", ratio_tag=ratio, size=size_name
-                    )
+                        shape, T, batch, steps, rate, cell.warmup_steps, experiment_set="tokenparam", ratio_tag=ratio,
+                        size=size_name,
+                    )  # fmt: skip
 
     def runs(self) -> list[RunSpec]:
         """All runs of the study, each once. Raises PlanError on a grid that cannot be fitted."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import re
 import struct
 from pathlib import Path
@@ -47,7 +48,10 @@ def load_file(path: Path) -> dict[str, Any]:
     payload = memoryview(raw)[_HEADER.size :]
     if hashlib.sha256(payload).digest() != expected:
         raise CheckpointError(f"{path} is truncated or altered: its digest does not match")
-    return torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    try:
+        return torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds something else than tensors and plain values: {error}") from None
 
 
 class CheckpointFolder:

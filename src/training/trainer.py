@@ -342,7 +342,7 @@ class Run:
             "threads": self.execution.threads,
             "device": self.execution.device,
             "host_pid": os.getpid(),
-            "torch_version": torch.__version__,
+            "torch_version": str(torch.__version__),
         }
         save_file(
             self.folder / "final.ckpt",

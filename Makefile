@@ -1,0 +1,49 @@
+# make reproduce   the study from text to report           make test   the tests
+# make env         just .venv                               make lint   style of code and workflow
+# Each sets up what it needs. PYTHON=python3.12 picks the interpreter, CORES=8 the cores, STUDY=smoke the study,
+# PIP_ARGS="--index-url …" another package index (for example PyTorch's index of CPU builds on Linux without a GPU).
+PYTHON ?= python3
+CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+STUDY ?= laptop
+CONFIG ?=
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: env reproduce test lint format clean-env
+.DELETE_ON_ERROR:
+
+env: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed; set PYTHON=python3.12 or the like"; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the locked versions (about a minute)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --editable .
+	@touch $@
+
+reproduce: $(READY)
+	@$(BIN)/snakemake --cores $(CORES) --quiet rules host --config study=$(STUDY) $(CONFIG)
+	@echo
+	@echo "The report: results/$(STUDY)/report.html"
+	@echo "Figures:    results/$(STUDY)/figures/"
+	@echo "Tables:     results/$(STUDY)/runs.csv, results/$(STUDY)/fits/, results/$(STUDY)/inference/"
+
+test: $(READY)
+	@$(BIN)/python -m pytest -n $(CORES)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
+	$(BIN)/snakemake --lint
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+clean-env:
+	rm -rf $(VENV)

@@ -1,0 +1,48 @@
+# The study as one DAG: text -> tokens -> plan -> runs -> table -> laws, latency -> figures -> report.
+#
+#   snakemake --cores 2                                   the whole of study=laptop
+#   snakemake --cores 2 figures                           one stage and what it needs
+#   snakemake --cores 2 --config study=smoke              another study (conf/study/)
+#   snakemake --cores 2 --config overrides="[training.seed=2]"   any Hydra override
+import os
+import sys
+from pathlib import Path
+
+from snakemake.utils import min_version, validate
+
+min_version("9.0")
+
+from xlstm_scaling.study.workflow import WorkflowStudy
+
+validate(config, "workflow/schemas/config.schema.yaml")
+study = WorkflowStudy(config)
+paths = study.paths
+
+# the stages' commands come from the environment that this snakemake runs in
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+# short commands are forked from one warm process that lives as long as this one (src/warmstart.py)
+if study.config.hardware.warm_start:
+    os.environ.setdefault("XLSTM_SCALING_SESSION_PID", str(os.getpid()))
+
+
+report: "workflow/report/workflow.rst"
+
+
+# where a stage's script logs to, beside what it makes
+LOGS = paths.results / "logs"
+
+
+rule all:
+    input:
+        paths.study / "report.html",
+    localrule: True
+
+
+include: "workflow/rules/tokens.smk"
+include: "workflow/rules/plan.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/runs.smk"
+include: "workflow/rules/fit.smk"
+include: "workflow/rules/inference.smk"
+include: "workflow/rules/figures.smk"
+include: "workflow/rules/report.smk"

@@ -1,0 +1,77 @@
+"""Fixtures that several folders share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The paper's published evidence: $XLSTM_SCALING_SHARED, or ``shared`` beside the repository."""
+    folder = Path(os.environ.get("XLSTM_SCALING_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "paper" / "runs.csv").is_file():
+        pytest.skip("the paper's table of runs is not here (XLSTM_SCALING_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """A small folder of text: sentences drawn from a Markov chain over words, 60 documents."""
+    import random
+
+    folder = tmp_path_factory.mktemp("text")
+    generator = random.Random(0)
+    words = "the state of union is strong people nation war peace law money work land river trade tax court".split()
+    for number in range(60):
+        length = generator.randint(300, 900)
+        word, text = generator.choice(words), []
+        for _ in range(length):
+            index = words.index(word)
+            word = words[(index * 3 + generator.choice([0, 1, 1, 5])) % len(words)]
+            text.append(word)
+        (folder / f"{number:03d}.txt").write_text(" ".join(text) + ".\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(text_folder) -> list[str]:
+    """A study of seconds on that text."""
+    return [
+        "study=smoke",
+        "corpus=folder",
+        f"corpus.path={text_folder}",
+        "corpus.validation_fraction=0.1",
+        "tokenizer.vocab_size=280",
+        "training.compute_dtype=float32",
+        "training.validation.max_tokens=2048",
+        "training.min_steps=2",
+        "study.base_context=32",
+        "study.sizes={tiny: {embedding_dim: 16, num_blocks: 1}, small: {embedding_dim: 24, num_blocks: 1}, "
+        "mid: {embedding_dim: 32, num_blocks: 1}, big: {embedding_dim: 32, num_blocks: 2}}",
+        "study.isoflop={c32: {context_length: 32, budget_flops: 4.0e8, sizes: [tiny, small, mid, big]}}",
+        "study.tokenparam={}",
+        "training.batch.base_tokens=128",
+        "training.batch.flops_exponent=0.0",
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_overrides):
+    from xlstm_scaling.study.config import compose
+
+    return compose(tiny_overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tiny_config, tmp_path_factory) -> Path:
+    """A results folder that holds the tokens of ``tiny_config``."""
+    from xlstm_scaling import stages
+    from xlstm_scaling.study.paths import StudyPaths
+
+    results = tmp_path_factory.mktemp("results")
+    stages.tokens(tiny_config, StudyPaths.of(tiny_config, results), progress=False)
+    return results

@@ -1,0 +1,24 @@
+rule inference:
+    """Time to first token and step time on this machine, and the runtime model; alone, so that nothing disturbs it."""
+    input:
+        plan=ancient(paths.plan / "plan.json"),
+        trained=[study.result(run.run_id) for run in study.benchmarked_runs],
+        code=study.code("inference") + [study.code_file("fitting/runtime_model.py")],
+    output:
+        measurements=paths.inference / "measurements.parquet",
+        model=paths.inference / "runtime_model.parquet",
+        predictions=paths.inference / "runtime_predictions.parquet",
+    params:
+        config_digest=study.digest("inference"),
+        trained=[run.run_id for run in study.benchmarked_runs],
+        arguments=study.arguments,
+    log:
+        LOGS / study.config.study.name / "inference.log",
+    benchmark:
+        LOGS / study.config.study.name / "inference.tsv"
+    threads: workflow.cores
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        "xlstm-scaling inference {params.arguments} 2> {log}"

@@ -1,0 +1,25 @@
+rule plan:
+    input:
+        tokens=paths.tokens / "meta.json",
+    output:
+        plan=paths.plan / "plan.json",
+        table=report(
+            paths.plan / "plan.csv",
+            caption="../report/plan.rst",
+            category="Tables",
+            labels={"table": "Plan of runs"},
+        ),
+        parquet=paths.plan / "plan.parquet",
+        config=paths.plan / "config.yaml",
+    params:
+        config_digest=study.digest("study", "training", "hardware", "corpus", "tokenizer"),
+        arguments=study.arguments,
+    log:
+        LOGS / study.config.study.name / "plan.log",
+    benchmark:
+        LOGS / study.config.study.name / "plan.tsv"
+    resources:
+        mem_mb=500,
+        runtime=5,
+    shell:
+        "xlstm-scaling plan {params.arguments} > {log} 2>&1"

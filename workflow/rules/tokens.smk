@@ -1,0 +1,18 @@
+rule tokens:
+    input:
+        text=study.text_files,
+    output:
+        meta=paths.tokens / "meta.json",
+    params:
+        spec=paths.tokens_id,
+        arguments=study.arguments,
+    log:
+        LOGS / "tokens" / f"{paths.tokens_id}.log",
+    benchmark:
+        LOGS / "tokens" / f"{paths.tokens_id}.tsv"
+    threads: 2
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    shell:
+        "xlstm-scaling tokens {params.arguments} 2> {log}"
