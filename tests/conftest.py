@@ -37,26 +37,50 @@ def text_folder(tmp_path_factory) -> Path:
     return folder
 
 
+TINY_STUDY = """
+# @package _global_
+defaults:
+  - smoke
+  - override /corpus: folder
+  - _self_
+corpus: {validation_fraction: 0.1}
+tokenizer: {vocab_size: 280}
+training:
+  compute_dtype: float32
+  min_steps: 2
+  validation: {max_tokens: 2048}
+  batch: {base_tokens: 128, flops_exponent: 0.0}
+study:
+  name: tiny
+  base_context: 32
+  sizes:
+    tiny: {embedding_dim: 16, num_blocks: 1}
+    small: {embedding_dim: 24, num_blocks: 1}
+    mid: {embedding_dim: 32, num_blocks: 1}
+    big: {embedding_dim: 32, num_blocks: 2}
+  isoflop:
+    c32: {context_length: 32, budget_flops: 4.0e+8, sizes: [tiny, small, mid, big]}
+"""
+
+
 @pytest.fixture(scope="session")
-def tiny_overrides(text_folder) -> list[str]:
-    """A study of seconds on that text."""
-    return [
-        "study=smoke",
-        "corpus=folder",
-        f"corpus.path={text_folder}",
-        "corpus.validation_fraction=0.1",
-        "tokenizer.vocab_size=280",
-        "training.compute_dtype=float32",
-        "training.validation.max_tokens=2048",
-        "training.min_steps=2",
-        "study.base_context=32",
-        "study.sizes={tiny: {embedding_dim: 16, num_blocks: 1}, small: {embedding_dim: 24, num_blocks: 1}, "
-        "mid: {embedding_dim: 32, num_blocks: 1}, big: {embedding_dim: 32, num_blocks: 2}}",
-        "study.isoflop={c32: {context_length: 32, budget_flops: 4.0e8, sizes: [tiny, small, mid, big]}}",
-        "study.tokenparam={}",
-        "training.batch.base_tokens=128",
-        "training.batch.flops_exponent=0.0",
-    ]
+def tiny_overrides(text_folder, tmp_path_factory) -> list[str]:
+    """A study of seconds on that text, in a configuration folder of its own."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("configuration") / "conf"
+    shutil.copytree(REPOSITORY / "conf", folder)
+    smoke = (folder / "study" / "smoke.yaml").read_text()
+    # Hydra merges mappings: the tiny study starts from smoke without its grid
+    (folder / "study" / "smoke.yaml").write_text(smoke[: smoke.index("  sizes:")])
+    (folder / "study" / "tiny.yaml").write_text(TINY_STUDY.lstrip())
+    previous = os.environ.get("XLSTM_SCALING_CONF")
+    os.environ["XLSTM_SCALING_CONF"] = str(folder)
+    yield ["study=tiny", f"corpus.path={text_folder}"]
+    if previous is None:
+        del os.environ["XLSTM_SCALING_CONF"]
+    else:
+        os.environ["XLSTM_SCALING_CONF"] = previous
 
 
 @pytest.fixture(scope="session")
