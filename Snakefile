@@ -4,10 +4,6 @@
 #   snakemake --cores 2 figures                           one stage and what it needs
 #   snakemake --cores 2 --config study=smoke              another study (conf/study/)
 #   snakemake --cores 2 --config overrides="[training.seed=2]"   any Hydra override
-import os
-import sys
-from pathlib import Path
-
 from snakemake.utils import min_version, validate
 
 min_version("9.0")
@@ -18,11 +14,7 @@ validate(config, "workflow/schemas/config.schema.yaml")
 study = WorkflowStudy(config)
 paths = study.paths
 
-# the stages' commands come from the environment that this snakemake runs in
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-# short commands are forked from one warm process that lives as long as this one (src/warmstart.py)
-if study.config.hardware.warm_start:
-    os.environ.setdefault("XLSTM_SCALING_SESSION_PID", str(os.getpid()))
+study.prepare_environment()
 
 
 report: "workflow/report/workflow.rst"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -70,9 +71,7 @@ def _count(args: argparse.Namespace) -> int:
     """Parameters and FLOPs per sequence of one model, under a named convention."""
     from xlstm_scaling.accounting import count_flops, count_params, make_shape
 
-    shape = make_shape(
-        args.arch, args.embedding_dim, args.num_blocks, args.num_heads, args.vocab_size, args.chunk_size
-    )
+    shape = make_shape(args.arch, args.embedding_dim, args.num_blocks, args.num_heads, args.vocab_size, args.chunk_size)
     if args.convention == "traced":
         from xlstm_scaling.models.traced import traced_flops
 
@@ -170,7 +169,10 @@ def run_command(argv: Sequence[str]) -> int:
     except expected_errors() as error:
         if level == "DEBUG":
             raise
-        print(f"xlstm-scaling {args.command}: {error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and "disk full" not in message:
+            message = f"disk full ({error}): free some space and run again; nothing but the last steps is lost"
+        print(f"xlstm-scaling {args.command}: {message}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         from xlstm_scaling.study.errors import EXIT_PREEMPTED, Preempted

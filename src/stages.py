@@ -120,12 +120,48 @@ def fit(config: DictConfig, paths: StudyPaths) -> dict[str, pd.DataFrame]:
     from xlstm_scaling.fitting import fit_all
     from xlstm_scaling.study.runs import read_runs
 
-    curves = pd.read_parquet(paths.study / "curves.parquet").rename(columns={"train_loss": "loss"})
-    tables = fit_all(read_runs(paths.study / "runs.parquet"), to_dict(config.fitting), curves, log.info)
+    runs_table = read_runs(paths.study / "runs.parquet")
+    curves_path = paths.study / "curves.parquet"
+    curves = pd.read_parquet(curves_path).rename(columns={"train_loss": "loss"}) if curves_path.is_file() else None
+    tables = fit_all(runs_table, to_dict(config.fitting), curves, log.info)
     for name, table in tables.items():
         write_table(table, paths.fits / name)
     write_resolved(config, paths.fits / "config.yaml", ["fitting"])
     return tables
+
+
+def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> pd.DataFrame:
+    """Time to first token and step time of trained and larger untrained models on this machine, and the runtime model:
+    ``inference/*.parquet``."""
+    from functools import partial
+
+    from xlstm_scaling.fitting.runtime_model import fit_runtime_models
+    from xlstm_scaling.inference.benchmark import BenchmarkModel, measure, untrained_models
+    from xlstm_scaling.inference.counts import add_counts
+    from xlstm_scaling.study.plan import benchmarked_runs, model_vocab_size
+    from xlstm_scaling.training.trainer import load_trained
+
+    settings = to_dict(config.inference)
+    trained = []
+    for run in benchmarked_runs(config, plan_runs(config)):
+        folder = paths.runs / run.run_id
+        if not (folder / "final.ckpt").is_file():
+            raise FileNotFoundError(f"no trained model in {folder}: run the stage `train` first")
+        name = f"{run.arch}-{run.size}"
+        trained.append(BenchmarkModel(name, run.arch, run.model_shape, True, partial(load_trained, folder)))
+    untrained = untrained_models(
+        settings["untrained"],
+        list(config.study.architectures),
+        model_vocab_size(config),
+        model_options=to_dict(config.training.model_options),
+    )
+    measurements = measure([*trained, *untrained], settings, paths.inference, progress)
+    counted = add_counts(measurements, settings["generate_steps"])
+    model, predictions = fit_runtime_models(counted, settings["runtime_model"])
+    write_table(model, paths.inference / "runtime_model")
+    write_table(predictions, paths.inference / "runtime_predictions")
+    write_resolved(config, paths.inference / "config.yaml", ["inference"])
+    return measurements
 
 
 def figures(config: DictConfig, paths: StudyPaths, only: Sequence[str] | None = None, progress: bool = True) -> None:
@@ -154,4 +190,3 @@ def status(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
                 row["state"] = "started"
         rows.append(row)
     return pd.DataFrame(rows)
-

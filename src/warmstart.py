@@ -107,13 +107,14 @@ def _connect(pid: int) -> socket.socket:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(OSError):
             return _open(path)
-        subprocess.Popen(
-            [sys.executable, "-m", "xlstm_scaling.warmstart", str(path), str(pid)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=Path(f"{path}.log").open("w"),
-            start_new_session=True,
-        )
+        with Path(f"{path}.log").open("w") as errors:
+            subprocess.Popen(
+                [sys.executable, "-m", "xlstm_scaling.warmstart", str(path), str(pid)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):

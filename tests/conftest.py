@@ -25,7 +25,26 @@ def text_folder(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("text")
     generator = random.Random(0)
-    words = "the state of union is strong people nation war peace law money work land river trade tax court".split()
+    words = [
+        "the",
+        "state",
+        "of",
+        "union",
+        "is",
+        "strong",
+        "people",
+        "nation",
+        "war",
+        "peace",
+        "law",
+        "money",
+        "work",
+        "land",
+        "river",
+        "trade",
+        "tax",
+        "court",
+    ]
     for number in range(60):
         length = generator.randint(300, 900)
         word, text = generator.choice(words), []
@@ -40,7 +59,7 @@ def text_folder(tmp_path_factory) -> Path:
 TINY_STUDY = """
 # @package _global_
 defaults:
-  - smoke
+  - without_grid
   - override /corpus: folder
   - _self_
 corpus: {validation_fraction: 0.1}
@@ -72,7 +91,7 @@ def tiny_overrides(text_folder, tmp_path_factory) -> list[str]:
     shutil.copytree(REPOSITORY / "conf", folder)
     smoke = (folder / "study" / "smoke.yaml").read_text()
     # Hydra merges mappings: the tiny study starts from smoke without its grid
-    (folder / "study" / "smoke.yaml").write_text(smoke[: smoke.index("  sizes:")])
+    (folder / "study" / "without_grid.yaml").write_text(smoke[: smoke.index("  sizes:")])
     (folder / "study" / "tiny.yaml").write_text(TINY_STUDY.lstrip())
     previous = os.environ.get("XLSTM_SCALING_CONF")
     os.environ["XLSTM_SCALING_CONF"] = str(folder)

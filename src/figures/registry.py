@@ -67,9 +67,16 @@ _ALL = (
         ("runs", "fits/pareto", "fits/pareto_ratio"),
     ),
     FigureSpec("study_overview", "overview:study_overview", "The plan: model sizes and tokens", "Overview", ("runs",)),
-    FigureSpec("training_curves", "curves:training_curves", "Training curves", "Training", ("curves",), "curves:curves_data"),
     FigureSpec(
-        "isoflop_curves", "isoflop:isoflop_curves", "IsoFLOP curves", "Scaling laws", ("runs", "fits/isoflop"), "isoflop:isoflop_data"
+        "training_curves", "curves:training_curves", "Training curves", "Training", ("curves",), "curves:curves_data"
+    ),
+    FigureSpec(
+        "isoflop_curves",
+        "isoflop:isoflop_curves",
+        "IsoFLOP curves",
+        "Scaling laws",
+        ("runs", "fits/isoflop"),
+        "isoflop:isoflop_data",
     ),
     FigureSpec(
         "compute_optimal",
@@ -87,7 +94,12 @@ _ALL = (
         "surface:surface_data",
     ),
     FigureSpec(
-        "overtraining", "overtraining:overtraining", "Over-training", "Scaling laws", ("runs", "fits/overtraining"), "overtraining:overtraining_data"
+        "overtraining",
+        "overtraining:overtraining",
+        "Over-training",
+        "Scaling laws",
+        ("runs", "fits/overtraining"),
+        "overtraining:overtraining_data",
     ),
     FigureSpec(
         "context",

@@ -11,7 +11,7 @@ ARCH_ORDER = ("xlstm", "transformer")
 STAGES = {"runs": "runs", "curves": "runs", "fits": "fit", "inference": "inference"}
 
 
-class FigureError(RuntimeError):
+class FigureError(ValueError):
     """A figure cannot be drawn: a table or a column it needs is missing."""
 
 

@@ -62,11 +62,23 @@ def _not_told_apart(jacobian: Array, active: Array) -> list[int]:
     return [int(i) for i in index[np.abs(right[-1]) > 0.1]]
 
 
+def _by_design(design: Design, lesser_rate: str) -> tuple[NDArray[np.bool_], list[str]]:
+    """The terms (5,) that the measurements can tell from each other at all, and why others are not among them."""
+    active, notes = np.ones(len(TERMS), dtype=bool), []
+    rate = next(term for term in RATES if term != lesser_rate)
+    for term, other in (("block", "constant"), ("sequence", "constant"), (lesser_rate, rate)):
+        ratio = np.log(design.terms[:, TERMS.index(term)] / design.terms[:, TERMS.index(other)])
+        if np.ptp(ratio) < COLLINEAR:
+            active[TERMS.index(term)] = False
+            notes.append(f"{PARAMETERS[term]} is not told apart from {PARAMETERS[other]}, which stands for it")
+    return active, notes
+
+
 def _fit(design: Design, quantity: str, config: Mapping[str, Any]) -> _Fit:
     """Fit; then drop, one at a time and saying so, the terms that the measurements do not identify."""
-    active, notes = np.ones(len(TERMS), dtype=bool), []
-    # which of two terms that cannot be told apart goes: the physically lesser one
-    order = ["block", "sequence", "flops" if quantity == "step_time" else "bytes", "constant"]
+    lesser_rate = "flops" if quantity == "step_time" else "bytes"  # generation is memory-bound, prefill compute-bound
+    active, notes = _by_design(design, lesser_rate)
+    order = ["block", "sequence", lesser_rate, "constant"]  # which of the terms that cannot be told apart goes
     while True:
         solution = solve(design, active, float(config["huber_delta"]))
         jacobian = elasticities(design, solution.theta)

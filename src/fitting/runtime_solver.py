@@ -13,8 +13,9 @@ TERMS = ("flops", "bytes", "constant", "block", "sequence")
 #: costs run between these multiples of the cost that alone would explain the median time
 BOUNDS = (np.log(1e-7), np.log(1e3))
 START_SHARES = (0.8, 0.1, 0.01)
+NUM_STARTS = 32
 NUM_FINALISTS = 6
-MAX_ITERATIONS = 300
+MAX_ITERATIONS = 150
 MAX_STEP = 2.0
 MIN_STEP = 1e-9
 
@@ -127,10 +128,12 @@ def _descend(
     return theta, objective
 
 
-def _grid(active: NDArray[np.bool_]) -> Array:
-    """Starts (S, 5): every term at a large, a small or a tiny share of the time."""
+def _grid(design: Design, active: NDArray[np.bool_], delta: float) -> Array:
+    """The best starts (S, 5) of those that give every term a large, a small or a tiny share of the time."""
     choices = [np.log(START_SHARES) if on else np.array([-np.inf]) for on in active]
-    return np.array(list(itertools.product(*choices)))
+    grid = np.array(list(itertools.product(*choices)))
+    objective = _huber(_forward(design, grid)[0] - design.log_time, delta).sum(-1)
+    return grid[np.argsort(objective, kind="stable")[:NUM_STARTS]]
 
 
 def solve(
@@ -147,9 +150,9 @@ def solve(
         active: (5,), which terms are in the fit.
         huber_delta: threshold of the Huber loss, in ln time.
         counts: (R, n), how often each resample holds each measurement; None fits the measurements once.
-        starts: (k, 5) log costs to start from; None takes a grid.
+        starts: (k, 5) log costs to start from; None takes the best of a grid.
     """
-    starts = _grid(active) if starts is None else starts
+    starts = _grid(design, active, huber_delta) if starts is None else starts
     weights = np.ones((1, len(design.log_time))) if counts is None else counts
     R, S = len(weights), len(starts)
     theta, objective = _descend(design, np.tile(starts, (R, 1)), np.repeat(weights, S, axis=0), active, huber_delta)

@@ -38,9 +38,7 @@ class MLSTMLayer(nn.Module):
         self.cell_options = {"chunk_size": kernel_chunk_size} if kernel_form == "chunkwise" else {}
         self.step = get_kernel("mlstm", "step", "torch")
 
-    def forward(
-        self, x: Tensor, document_starts: Tensor | None, state: MLSTMState | None
-    ) -> tuple[Tensor, MLSTMState]:
+    def forward(self, x: Tensor, document_starts: Tensor | None, state: MLSTMState | None) -> tuple[Tensor, MLSTMState]:
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(x).split(self.splits, dim=-1))
         # gates in fp32: they are exponentiated

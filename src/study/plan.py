@@ -356,3 +356,16 @@ def plan_warnings(table: pd.DataFrame, config: DictConfig) -> list[str]:
             f"{repeated.epochs.max():.1f}): repeated data is worth less (Muennighoff et al., 2023)"
         )
     return warnings
+
+
+def benchmarked_runs(config: DictConfig, runs: Sequence[RunSpec]) -> list[RunSpec]:
+    """Trained runs that the inference stage measures: ``inference.num_trained`` by architecture, the largest of the
+    largest budget at the base context (of all runs where there is no such budget)."""
+    chosen = []
+    for arch in config.study.architectures:
+        of_arch = [run for run in runs if run.arch == arch]
+        base = [run for run in of_arch if run.context_length == config.study.base_context and run.isoflop_tag]
+        top = max((run.isoflop_tag for run in base), default=None)
+        candidates = [run for run in base if run.isoflop_tag == top] or of_arch
+        chosen += sorted(candidates, key=lambda run: -run.num_params)[: config.inference.num_trained]
+    return chosen

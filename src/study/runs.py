@@ -15,7 +15,23 @@ SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow" / "schemas" / "ru
 
 #: what each curve row carries beside the entries of ``history.jsonl``
 CURVE_KEYS = ["run_id", "arch", "context_length", "num_params", "experiment_set", "isoflop_tag"]
-CURVE_VALUES = ["step", "tokens", "flops", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu"]
+CURVE_VALUES = [
+    "step",
+    "tokens",
+    "flops",
+    "train_loss",
+    "val_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_s",
+    "mfu",
+]
+
+#: what the table takes from ``result.json`` as it is
+RESULT_KEYS = (
+    *("epochs", "val_loss", "train_loss", "val_bits_per_byte"),
+    *("tokens_per_s", "mfu", "train_time_s", "tokens_digest"),
+)
 
 
 class TableError(ValueError):
@@ -78,14 +94,8 @@ def runs_table(specs: Sequence[RunSpec], results: Sequence[dict], study: str, co
                 "seed": spec.seed,
                 "compute_dtype": spec.compute_dtype,
                 "corpus": corpus,
-                **{
-                    key: result[key]
-                    for key in (
-                        "epochs", "val_loss", "train_loss", "val_bits_per_byte", "tokens_per_s", "mfu",
-                        "train_time_s", "tokens_digest",
-                    )
-                },
-            }  # fmt: skip
+                **{key: result[key] for key in RESULT_KEYS},
+            }
         )
     return validate_runs(pd.DataFrame(rows))
 

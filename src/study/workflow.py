@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,8 @@ from xlstm_scaling.fitting.tables import COLUMNS
 from xlstm_scaling.study.config import compose, normalise_overrides, to_dict
 from xlstm_scaling.study.files import digest
 from xlstm_scaling.study.paths import StudyPaths
-from xlstm_scaling.study.plan import RunSpec, plan_runs
+from xlstm_scaling.study.plan import RunSpec, benchmarked_runs, plan_runs
+from xlstm_scaling.warmstart import SESSION_VARIABLE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -71,24 +74,25 @@ class WorkflowStudy:
 
     @property
     def benchmarked_runs(self) -> list[RunSpec]:
-        """Trained runs that the inference stage measures: by architecture, the middle size of the largest budget."""
-        chosen = []
-        for arch in self.config.study.architectures:
-            runs = [run for run in self.runs.values() if run.arch == arch]
-            base = [run for run in runs if run.context_length == self.config.study.base_context and run.isoflop_tag]
-            top = max((run.isoflop_tag for run in base), default=None)
-            candidates = sorted((run for run in base if run.isoflop_tag == top) if base else runs, key=_num_params)
-            if candidates:
-                chosen.append(candidates[len(candidates) // 2])
-        return chosen
+        """Trained runs that the inference stage measures."""
+        return benchmarked_runs(self.config, list(self.runs.values()))
 
     def estimated_time_s(self, run_id: str) -> float:
         """Time of a run by the assumed speed of ``hardware.flops_per_s``."""
         return self.runs[run_id].num_flops / self.config.hardware.flops_per_s
 
-    @property
-    def fit_tables(self) -> list[str]:
-        return list(COLUMNS)
+    def prepare_environment(self) -> None:
+        """Let the rules' commands come from the environment of this interpreter, and share one warm process."""
+        here = str(Path(sys.executable).parent)
+        search = os.environ.get("PATH", "").split(os.pathsep)
+        if search[0] != here:
+            os.environ["PATH"] = os.pathsep.join([here, *search])
+        if self.config.hardware.warm_start:
+            os.environ.setdefault(SESSION_VARIABLE, str(os.getpid()))
+
+    def fit_files(self, suffix: str) -> list[Path]:
+        """The tables of the stage `fit`."""
+        return [self.paths.fits / f"{name}{suffix}" for name in COLUMNS]
 
     @property
     def figure_specs(self) -> dict:
@@ -115,7 +119,3 @@ class WorkflowStudy:
     @staticmethod
     def code_file(name: str) -> Path:
         return REPOSITORY / "src" / name
-
-
-def _num_params(run: RunSpec) -> int:
-    return run.num_params

@@ -23,11 +23,13 @@ from xlstm_scaling.models import LanguageModel, build_model
 from xlstm_scaling.study.errors import Preempted
 from xlstm_scaling.study.files import digest, read_json, write_json_atomic
 from xlstm_scaling.study.plan import RunSpec
-from xlstm_scaling.training.checkpoint import CheckpointFolder, load_file, save_file
+from xlstm_scaling.training.checkpoint import CheckpointError, CheckpointFolder, load_file, save_file
 from xlstm_scaling.training.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 
+#: tokens up to this size are read and compared with their digest before a run; larger ones by their size alone
+DIGEST_CHECK_BYTES = 2**28
 LOG_INTERVALS = 100  # entries of the training curve
 
 
@@ -77,7 +79,11 @@ def load_trained(run_folder: Path) -> LanguageModel:
     """
     spec = RunSpec(**read_json(Path(run_folder) / "spec.json"))
     model = build_run_model(spec)
-    model.load_state_dict(load_file(Path(run_folder) / "final.ckpt")["model"])
+    try:
+        content = load_file(Path(run_folder) / "final.ckpt")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {Path(run_folder) / 'result.json'} and train the run again") from None
+    model.load_state_dict(content["model"])
     return model.eval()
 
 
@@ -87,7 +93,8 @@ class Run:
 
     def __init__(self, spec: RunSpec, tokens_folder: Path, folder: Path, execution: Execution) -> None:
         self.spec, self.folder, self.execution = spec, Path(folder), execution
-        self.dataset = TokenDataset.open(tokens_folder)
+        size = sum(path.stat().st_size for path in Path(tokens_folder).glob("*.bin"))
+        self.dataset = TokenDataset.open(tokens_folder, verify="digest" if size <= DIGEST_CHECK_BYTES else "size")
         self.identity = digest({"spec": spec.identity(), "tokens": self.dataset.digest})
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints")
         self.history_path = self.folder / "history.jsonl"
@@ -144,9 +151,7 @@ class Run:
             raise ValueError(
                 f"the tokens have a vocabulary of {self.dataset.vocab_size}, the model of {spec.shape['vocab_size']}"
             )
-        self.schedule = BatchSchedule(
-            self.train_split.num_tokens, spec.context_length, spec.batch_sequences, spec.seed
-        )
+        self.schedule = BatchSchedule(self.train_split.num_tokens, spec.context_length, spec.batch_sequences, spec.seed)
         self.windows = ValidationWindows(
             self.validation_split.num_tokens, spec.context_length, spec.validation["max_tokens"]
         )

@@ -2,6 +2,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from xlstm_scaling.corpus.build import build_tokens
 
 SENTENCE = "the state of this union is strong — our people’s work, naïve café 東京 🚀 1,024 don't we'll\n\n"

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xlstm_scaling.corpus import BatchSchedule, CorpusError, TokenDataset, ValidationWindows, get_batch, get_windows
 from xlstm_scaling.corpus.batches import permute
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+
 from xlstm_scaling.corpus import CorpusError, TokenDataset, build
 from xlstm_scaling.corpus.build import build_tokens, index_documents, tokens_id, tokens_spec
 from xlstm_scaling.corpus.settings import CorpusSettings

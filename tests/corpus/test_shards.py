@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xlstm_scaling.corpus import CorpusError, TokenDataset, shards
 from xlstm_scaling.corpus.shards import TokensWriter, token_dtype
 

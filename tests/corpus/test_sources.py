@@ -9,6 +9,7 @@ import pytest
 import zstandard
 from omegaconf import OmegaConf
 from pyarrow import parquet
+
 from xlstm_scaling.corpus import CorpusError, iter_documents, source_files
 from xlstm_scaling.corpus.settings import CorpusSettings, TokenizerSettings
 

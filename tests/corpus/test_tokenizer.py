@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xlstm_scaling.corpus import CorpusError, tokenizer
 from xlstm_scaling.corpus.tokenizer import load_tokenizer, train_tokenizer
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+
 from xlstm_scaling.fitting import LossSurface
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xlstm_scaling.fitting.isoflop import fit_isoflop, weighted_parabolas
 from xlstm_scaling.fitting.power_law import DIFFERENCE, fit_power_laws
 from xlstm_scaling.fitting.resampling import bootstrap_counts, percentile_interval

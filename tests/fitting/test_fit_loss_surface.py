@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
+
 from xlstm_scaling.fitting import LossSurface, fit_surface
 from xlstm_scaling.fitting.surface_fit import start_grid
 from xlstm_scaling.fitting.surface_solver import SurfaceProblem

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from xlstm_scaling.fitting.isoflop import fit_isoflop
 from xlstm_scaling.fitting.overtraining import fit_overtraining
 from xlstm_scaling.fitting.power_law import fit_power_laws

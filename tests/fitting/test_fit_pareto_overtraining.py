@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from xlstm_scaling.fitting import FitError
 from xlstm_scaling.fitting.envelope import fit_envelope
 from xlstm_scaling.fitting.overtraining import fit_overtraining

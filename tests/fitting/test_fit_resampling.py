@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from xlstm_scaling.fitting.resampling import (
     bootstrap_counts,
     cell_generator,

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+
 from xlstm_scaling.fitting import COLUMNS, FitError, fit_all
 
 

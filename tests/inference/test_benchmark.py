@@ -164,4 +164,4 @@ def test_configured_sizes_make_models(name):
     models = untrained_models(config["untrained"], ["xlstm", "transformer"], 1024)
     assert len(models) == 2 * len(config["untrained"])
     for a, b in zip(models[: len(models) // 2], models[len(models) // 2 :], strict=True):
-        assert abs(count_params(a.shape) / count_params(b.shape) - 1) < 0.05  # sizes are compared side by side
+        assert abs(count_params(a.shape) / count_params(b.shape) - 1) < 0.1  # sizes are compared side by side

@@ -90,7 +90,9 @@ def test_end_of_document_fills_up_and_stops(arch):
     free = generate(model, prompt, 10)
     eod = int(free[0, 6])
     stopped = generate(model, prompt, 10, eod_id=eod)
-    assert torch.equal(stopped[0, : 4 + free[0, 4:].tolist().index(eod)], free[0, : 4 + free[0, 4:].tolist().index(eod)])
+    assert torch.equal(
+        stopped[0, : 4 + free[0, 4:].tolist().index(eod)], free[0, : 4 + free[0, 4:].tolist().index(eod)]
+    )
     for row in stopped[:, 4:].tolist():
         if eod in row:
             assert set(row[row.index(eod) :]) == {eod}

@@ -18,7 +18,9 @@ def test_corners():
 
 @given(
     st.integers(1, 300).flatmap(
-        lambda n: st.tuples(st.just(n), st.integers(0, n).flatmap(lambda w: st.tuples(st.just(w), st.integers(0, n - w))))
+        lambda n: st.tuples(
+            st.just(n), st.integers(0, n).flatmap(lambda w: st.tuples(st.just(w), st.integers(0, n - w)))
+        )
     )
 )
 def test_rises_then_falls_and_stays_positive(case):

@@ -3,7 +3,7 @@ rule figures:
     input:
         runs=paths.study / "runs.parquet",
         curves=paths.study / "curves.parquet",
-        fits=multiext(str(paths.fits) + "/", *(f"{name}.parquet" for name in study.fit_tables)),
+        fits=study.fit_files(".parquet"),
         inference=rules.inference.output,
         code=study.code("figures"),
     output:
@@ -18,15 +18,17 @@ rule figures:
             if path.suffix == ".svg"
         ],
         [path for path in study.figures if path.suffix != ".svg"],
-    params:
-        config_digest=study.digest("figures"),
-        arguments=study.arguments,
     log:
         LOGS / study.config.study.name / "figures.log",
     benchmark:
         LOGS / study.config.study.name / "figures.tsv"
+    conda:
+        "../envs/xlstm-scaling.yaml"
     resources:
         mem_mb=1000,
         runtime=10,
+    params:
+        config_digest=study.digest("figures"),
+        arguments=study.arguments,
     shell:
         "xlstm-scaling figures {params.arguments} 2> {log}"

@@ -5,25 +5,27 @@ rule fit:
         curves=paths.study / "curves.parquet",
         code=study.code("fitting"),
     output:
-        multiext(str(paths.fits) + "/", *(f"{name}.parquet" for name in study.fit_tables)),
+        study.fit_files(".parquet"),
         [
             report(
-                paths.fits / f"{name}.csv",
+                path,
                 caption="../report/fits.rst",
                 category="Tables",
-                labels={"table": f"Fit: {name}"},
+                labels={"table": f"Fit: {path.stem}"},
             )
-            for name in study.fit_tables
+            for path in study.fit_files(".csv")
         ],
-    params:
-        config_digest=study.digest("fitting"),
-        arguments=study.arguments,
     log:
         LOGS / study.config.study.name / "fit.log",
     benchmark:
         LOGS / study.config.study.name / "fit.tsv"
+    conda:
+        "../envs/xlstm-scaling.yaml"
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        config_digest=study.digest("fitting"),
+        arguments=study.arguments,
     shell:
         "OMP_NUM_THREADS=1 xlstm-scaling fit {params.arguments} 2> {log}"

@@ -8,17 +8,19 @@ rule inference:
         measurements=paths.inference / "measurements.parquet",
         model=paths.inference / "runtime_model.parquet",
         predictions=paths.inference / "runtime_predictions.parquet",
-    params:
-        config_digest=study.digest("inference"),
-        trained=[run.run_id for run in study.benchmarked_runs],
-        arguments=study.arguments,
     log:
         LOGS / study.config.study.name / "inference.log",
     benchmark:
         LOGS / study.config.study.name / "inference.tsv"
+    conda:
+        "../envs/xlstm-scaling.yaml"
     threads: workflow.cores
     resources:
         mem_mb=4000,
         runtime=60,
+    params:
+        config_digest=study.digest("inference"),
+        trained=[run.run_id for run in study.benchmarked_runs],
+        arguments=study.arguments,
     shell:
         "xlstm-scaling inference {params.arguments} 2> {log}"

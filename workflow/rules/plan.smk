@@ -11,15 +11,17 @@ rule plan:
         ),
         parquet=paths.plan / "plan.parquet",
         config=paths.plan / "config.yaml",
-    params:
-        config_digest=study.digest("study", "training", "hardware", "corpus", "tokenizer"),
-        arguments=study.arguments,
     log:
         LOGS / study.config.study.name / "plan.log",
     benchmark:
         LOGS / study.config.study.name / "plan.tsv"
+    conda:
+        "../envs/xlstm-scaling.yaml"
     resources:
         mem_mb=500,
         runtime=5,
+    params:
+        config_digest=study.digest("study", "training", "hardware", "corpus", "tokenizer"),
+        arguments=study.arguments,
     shell:
         "xlstm-scaling plan {params.arguments} > {log} 2>&1"

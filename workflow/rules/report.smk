@@ -5,16 +5,18 @@ rule report:
         captions=study.captions,
     output:
         html=paths.study / "report.html",
-    params:
-        config=study.workflow_config_arguments,
-        partial=paths.study / "report.partial.html",
     log:
         LOGS / study.config.study.name / "report.log",
     benchmark:
         LOGS / study.config.study.name / "report.tsv"
+    conda:
+        "../envs/xlstm-scaling.yaml"
     resources:
         mem_mb=1000,
         runtime=10,
+    params:
+        config=study.workflow_config_arguments,
+        partial=paths.study / "report.partial.html",
     shell:
         "snakemake --cores 1 --nolock --report {params.partial} --config {params.config} -- figures > {log} 2>&1"
         " && mv {params.partial} {output.html}"

@@ -12,14 +12,16 @@ rule runs:
         ),
         parquet=paths.study / "runs.parquet",
         curves=paths.study / "curves.parquet",
-    params:
-        arguments=study.arguments,
     log:
         LOGS / study.config.study.name / "runs.log",
     benchmark:
         LOGS / study.config.study.name / "runs.tsv"
+    conda:
+        "../envs/xlstm-scaling.yaml"
     resources:
         mem_mb=1000,
         runtime=10,
+    params:
+        arguments=study.arguments,
     shell:
         "xlstm-scaling runs {params.arguments} 2> {log}"

@@ -13,15 +13,19 @@ rule train_run:
         tokens=paths.tokens / "meta.json",
     output:
         result=paths.runs / "{run}" / "result.json",
-    params:
-        results=paths.results,
     log:
         LOGS / "runs" / "{run}.log",
     benchmark:
         LOGS / "runs" / "{run}.tsv"
+    conda:
+        "../envs/xlstm-scaling.yaml"
     threads: study.config.hardware.threads_per_run
     resources:
         mem_mb=1500,
         runtime=lambda wildcards: max(10, round(3 * study.estimated_time_s(wildcards.run) / 60)),
+    params:
+        results=paths.results,
+    message:
+        "training {wildcards.run}"
     shell:
         "xlstm-scaling train --results {params.results} --plan {input.plan} --run {wildcards.run} 2> {log} >&2"
