@@ -25,7 +25,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 reproduce: $(READY)
-	@$(BIN)/snakemake --cores $(CORES) --quiet rules host --config study=$(STUDY) $(CONFIG)
+	@$(BIN)/snakemake --cores $(CORES) --quiet host reason --config study=$(STUDY) $(CONFIG)
 	@echo
 	@echo "The report: results/$(STUDY)/report.html"
 	@echo "Figures:    results/$(STUDY)/figures/"

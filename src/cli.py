@@ -17,7 +17,7 @@ EPILOG = """stages, in order:
   fit        table of runs -> laws               inference  latency measurements and the runtime model
   figures    tables -> figures                   (report: `snakemake --cores 2 report`)
 
-Overrides are Hydra's: study=smoke training.seed=1 study.sizes.d64b2.learning_rate=0.005
+Overrides are Hydra's: study=smoke training.seed=1 study.sizes.d40.learning_rate=0.005
 The whole study: make reproduce, or snakemake --cores 2 --config study=laptop"""
 
 

@@ -147,7 +147,7 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
         folder = paths.runs / run.run_id
         if not (folder / "final.ckpt").is_file():
             raise FileNotFoundError(f"no trained model in {folder}: run the stage `train` first")
-        name = f"{run.arch}-{run.size}"
+        name = f"{run.arch}-{run.size}-trained"
         trained.append(BenchmarkModel(name, run.arch, run.model_shape, True, partial(load_trained, folder)))
     untrained = untrained_models(
         settings["untrained"],

@@ -63,7 +63,7 @@ def _points(ax: Axes, rows: pd.DataFrame, quantity: str, style: ArchStyle, arch:
 def _model_line(ax: Axes, rows: pd.DataFrame, style: ArchStyle, arch: str) -> bool:
     held_out = False
     rows = rows[(rows["prefill_length"] > 0) & np.isfinite(rows["predicted_s"].astype(float))]
-    for _, line in rows.groupby(["model", "num_params"]):
+    for _, line in rows.groupby(["model", "num_params", "held_out"]):
         line = line.sort_values("prefill_length")
         unseen = bool(line["held_out"].astype(bool).all())
         held_out |= unseen

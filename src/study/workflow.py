@@ -112,9 +112,9 @@ class WorkflowStudy:
         return shlex.join(words)
 
     @staticmethod
-    def code(package: str) -> list[Path]:
+    def code(package: str, pattern: str = "*.py") -> list[Path]:
         """Source files of a part of this package: stages that are cheap to repeat rerun when their code changes."""
-        return sorted((REPOSITORY / "src" / package).glob("*.py"))
+        return sorted((REPOSITORY / "src" / package).glob(pattern))
 
     @staticmethod
     def code_file(name: str) -> Path:

@@ -22,6 +22,7 @@ from xlstm_scaling.corpus import BatchSchedule, TokenDataset, ValidationWindows,
 from xlstm_scaling.models import LanguageModel, build_model
 from xlstm_scaling.study.errors import Preempted
 from xlstm_scaling.study.files import digest, read_json, write_json_atomic
+from xlstm_scaling.study.machine import keep_freed_memory
 from xlstm_scaling.study.plan import RunSpec
 from xlstm_scaling.training.checkpoint import CheckpointError, CheckpointFolder, load_file, save_file
 from xlstm_scaling.training.schedule import learning_rate
@@ -136,6 +137,7 @@ class Run:
     def _train(self) -> dict:
         spec, execution = self.spec, self.execution
         torch.set_num_threads(execution.threads)
+        keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.model = build_run_model(spec, execution.device)
         o = spec.optimizer

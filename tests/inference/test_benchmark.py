@@ -165,3 +165,14 @@ def test_configured_sizes_make_models(name):
     assert len(models) == 2 * len(config["untrained"])
     for a, b in zip(models[: len(models) // 2], models[len(models) // 2 :], strict=True):
         assert abs(count_params(a.shape) / count_params(b.shape) - 1) < 0.1  # sizes are compared side by side
+
+
+def test_one_slow_pass_does_not_lose_a_cell(config, tmp_path, monkeypatch):
+    times = iter([10.0, 0.001])  # 3 passes of 10 s would exceed max_cell_s, 3 of the second look do not
+
+    def pass_memory(model, prompt, steps):
+        return next(times), 1000
+
+    monkeypatch.setattr(cells, "pass_memory", pass_memory)
+    one = {"prefill_lengths": [4], "batch_sizes": [1], "max_cell_s": 15.0}
+    assert measure([tiny()], config | one, tmp_path, progress=False)["status"].tolist() == ["ok"]

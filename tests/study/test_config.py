@@ -22,7 +22,7 @@ def test_every_study_composes(study):
         ("training.optimizer.beta1=fast", "could not be converted to Float"),
         ("study=nope", r"Available options in 'study':.*laptop"),
         ("study.sizes.d999=1", "d999"),
-        ("study.isoflop.c256_h2e11.budget_flops=lots", "could not be converted to Float"),
+        ("study.isoflop.c256_h150g.budget_flops=lots", "could not be converted to Float"),
         ("+training.optimizer.momentum=0.9", "momentum"),
         ("hardware.threads_per_run=two", "could not be converted to Integer"),
         ("a=b=c=d", "a"),

@@ -121,9 +121,9 @@ def ids(*overrides):
 
 
 def test_a_learning_rate_of_one_size_changes_those_runs_alone():
-    before, after = ids(), ids("study.sizes.d40b2.learning_rate=0.004")
+    before, after = ids(), ids("study.sizes.d40.learning_rate=0.004")
     changed = set(before) - set(after)
-    assert changed == {name for name, run in before.items() if run.size == "d40b2"}
+    assert changed == {name for name, run in before.items() if run.size == "d40"}
     assert len(after) == len(before)
 
 
@@ -146,12 +146,12 @@ def test_identity_is_stable_between_processes():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["study.isoflop.c256_h2e11.budget_flops=1e6"], "pays 0.* steps .* raise the budget"),
-        (["study.isoflop.c256_h2e11.sizes=[d16b1,d24b1,d32b1]"], "has 3 sizes; a parabola needs at least"),
-        (["study.isoflop.c256_h2e11.sizes=[d16b1,d24b1,d32b1,d1b1]"], "'d1b1' is not in study.sizes; known: d16b1"),
+        (["study.isoflop.c256_h150g.budget_flops=1e6"], "pays 0.* steps .* raise the budget"),
+        (["study.isoflop.c256_h150g.sizes=[d16,d20,d24]"], "has 3 sizes; a parabola needs at least"),
+        (["study.isoflop.c256_h150g.sizes=[d16,d20,d24,d1]"], "'d1' is not in study.sizes; known: d16"),
         (["study.architectures=[mamba]"], r"study.heads.mamba is missing"),
         (["study.architectures=[]"], "study.architectures is empty"),
-        (["study.sizes.d16b1.num_heads=3"], "not divisible"),
+        (["study.sizes.d16.num_heads=3"], "not divisible"),
         (["training.compute_dtype=int8"], "not one of auto, bfloat16, float32"),
     ],
 )

@@ -3,7 +3,7 @@ rule inference:
     input:
         plan=ancient(paths.plan / "plan.json"),
         trained=[study.result(run.run_id) for run in study.benchmarked_runs],
-        code=study.code("inference") + [study.code_file("fitting/runtime_model.py")],
+        code=study.code("inference") + study.code("fitting", "runtime_*.py"),
     output:
         measurements=paths.inference / "measurements.parquet",
         model=paths.inference / "runtime_model.parquet",
