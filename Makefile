@@ -27,12 +27,14 @@ $(READY): requirements.lock pyproject.toml
 reproduce: $(READY)
 	@$(BIN)/snakemake --cores $(CORES) --quiet host reason --config study=$(STUDY) $(CONFIG)
 	@echo
+	@cat results/$(STUDY)/findings.md
+	@echo
 	@echo "The report: results/$(STUDY)/report.html"
 	@echo "Figures:    results/$(STUDY)/figures/"
 	@echo "Tables:     results/$(STUDY)/runs.csv, results/$(STUDY)/fits/, results/$(STUDY)/inference/"
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n $(CORES)
+	@$(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,3 +49,11 @@ format: $(READY)
 
 clean-env:
 	rm -rf $(VENV)
+
+# the figures and findings that the README shows, from the laptop study's results
+.PHONY: docs
+docs: $(READY)
+	@test -s results/laptop/findings.md || { echo "run make reproduce first"; exit 1; }
+	@mkdir -p docs/figures
+	cp results/laptop/figures/loss_vs_flops.png results/laptop/figures/isoflop_curves.png results/laptop/figures/context.png docs/figures/
+	cp results/laptop/findings.md docs/laptop-findings.md

@@ -15,7 +15,8 @@ EPILOG = """stages, in order:
   tokens     text -> tokens                      plan       grid -> plan of runs
   train      one run (or all) of the plan        runs       results -> the table of runs
   fit        table of runs -> laws               inference  latency measurements and the runtime model
-  figures    tables -> figures                   (report: `snakemake --cores 2 report`)
+  figures    tables -> figures                   findings   tables -> what the study found
+  report     everything on one page: `snakemake --cores 2 report`
 
 Overrides are Hydra's: study=smoke training.seed=1 study.sizes.d40.learning_rate=0.005
 The whole study: make reproduce, or snakemake --cores 2 --config study=laptop"""
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     stage("runs", "results of all runs -> the table of runs")
     stage("fit", "table of runs -> laws with intervals")
     stage("inference", "time to first token and step time on this machine, and the runtime model")
+    stage("findings", "tables -> what the study found, in sentences")
     figures = stage("figures", "tables -> figures")
     figures.add_argument("--only", nargs="+", metavar="NAME", help="draw these figures only")
 
@@ -135,6 +137,9 @@ def _stage(args: argparse.Namespace) -> int:
         stages.fit(config, paths)
     elif args.command == "inference":
         stages.inference(config, paths, progress)
+    elif args.command == "findings":
+        for row in stages.findings(config, paths).itertuples():
+            print(f"- {row.statement}")
     elif args.command == "figures":
         stages.figures(config, paths, args.only, progress)
     return 0

@@ -172,6 +172,18 @@ def figures(config: DictConfig, paths: StudyPaths, only: Sequence[str] | None = 
     write_resolved(config, paths.figures / "config.yaml", ["figures"])
 
 
+def findings(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
+    """What the study found, in sentences computed from its tables: ``findings.md``, ``.html``, ``.csv``."""
+    from xlstm_scaling.figures.tables import Tables
+    from xlstm_scaling.report import findings as compute
+    from xlstm_scaling.report import write_findings
+
+    table = compute(Tables(paths.study))
+    title = f"Findings of the study {config.study.name}: {config.study.title}"
+    write_findings(table, paths.study / "findings", title, config.fitting.confidence)
+    return table
+
+
 def status(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
     """State of every run of the plan: finished, in progress with its step, or pending."""
     rows = []

@@ -22,20 +22,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-#: set by the workflow: the server lives as long as the process of this id
-SESSION_VARIABLE = "XLSTM_SCALING_SESSION_PID"
+#: set by the workflow to host:pid; the server lives as long as that process
+SESSION_VARIABLE = "XLSTM_SCALING_SESSION"
+#: a Unix socket's name may have 107 bytes
+MAX_SOCKET_NAME = 100
 START_TIMEOUT_S = 60.0
 #: how often the server looks for ended children [s]
 POLL_S = 0.05
 _LENGTH = struct.Struct("<I")
 
 
-def session_pid() -> int | None:
-    """The process that the server belongs to, or None where warm starts are not asked for."""
-    value = os.environ.get(SESSION_VARIABLE, "")
-    return int(value) if value.isdigit() else None
+def open_session(environment: MutableMapping[str, str]) -> None:
+    """Make this process the one that the server belongs to, unless a process of this host is already."""
+    if session_pid(environment) is None:
+        environment[SESSION_VARIABLE] = f"{socket.gethostname()}:{os.getpid()}"
+
+
+def session_pid(environment: Mapping[str, str] = os.environ) -> int | None:
+    """The living process of this host that the server belongs to, or None where warm starts are not asked for."""
+    host, _, pid = environment.get(SESSION_VARIABLE, "").rpartition(":")
+    return int(pid) if host == socket.gethostname() and pid.isdigit() and _alive(int(pid)) else None
 
 
 def socket_path(pid: int) -> Path:
@@ -72,7 +81,7 @@ def _alive(pid: int) -> bool:
 def run_warm(argv: list[str]) -> int | None:
     """Run the command ``argv`` in a fork of the session's server -> its exit status; None if there is no server."""
     pid = session_pid()
-    if pid is None or not hasattr(socket, "send_fds") or not _alive(pid):
+    if pid is None or not hasattr(socket, "send_fds") or len(str(socket_path(pid))) > MAX_SOCKET_NAME:
         return None
     try:
         connection = _connect(pid)
@@ -108,7 +117,7 @@ def _connect(pid: int) -> socket.socket:
         with contextlib.suppress(OSError):
             return _open(path)
         with Path(f"{path}.log").open("w") as errors:
-            subprocess.Popen(
+            server = subprocess.Popen(
                 [sys.executable, "-m", "xlstm_scaling.warmstart", str(path), str(pid)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -119,7 +128,9 @@ def _connect(pid: int) -> socket.socket:
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 return _open(path)
-            time.sleep(0.05)
+            if server.poll() is not None:
+                raise ConnectionError("the warm start server ended; its log lies beside its socket")
+            time.sleep(POLL_S)
     raise TimeoutError("the warm start server does not answer")
 
 

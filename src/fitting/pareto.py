@@ -26,17 +26,20 @@ class ParetoStatus(StrEnum):
     NO_INTERVAL = "no_interval"
 
 
-def frontier_mask(flops: Array, loss: Array) -> NDArray[np.bool_]:
+def frontier_mask(flops: Array, loss: Array, tolerance: float = 0.0) -> NDArray[np.bool_]:
     """Return which runs no other run beats: none has a lower or equal loss at fewer or equal FLOPs.
 
     Args:
         flops, loss: shape (n,); an infinite loss marks an absent run. Of equal runs the first counts.
+        tolerance: FLOPs that differ by less than this share count as equal; runs of one budget differ by up to a step.
     """
     order = np.lexsort((loss, flops))
-    sorted_loss = loss[order]
+    sorted_loss, sorted_flops = loss[order], flops[order]
     before = np.concatenate([[np.inf], np.minimum.accumulate(sorted_loss)[:-1]])
+    last = np.searchsorted(sorted_flops, sorted_flops * (1 + tolerance), side="right") - 1
+    beaten = np.minimum.accumulate(sorted_loss)[last] < sorted_loss
     mask = np.zeros(len(flops), dtype=bool)
-    mask[order] = sorted_loss < before
+    mask[order] = (sorted_loss < before) & ~beaten
     return mask
 
 
@@ -84,10 +87,10 @@ def fit_pareto(runs: pd.DataFrame, config: Mapping[str, Any]) -> tuple[pd.DataFr
         The tables `pareto` and `pareto_ratio` of docs/tables.md.
     """
     columns = ["arch", "context_length", "run_id", "num_flops", "num_params", "num_tokens", "val_loss"]
-    frontiers = []
+    frontiers, tolerance = [], float(config["pareto"]["flops_tolerance"])
     for _, cell in runs.groupby(["arch", "context_length"], sort=True):
         flops, loss = (cell[name].to_numpy(dtype=float) for name in ("num_flops", "val_loss"))
-        frontiers.append(cell.loc[frontier_mask(flops, loss), columns].sort_values("num_flops"))
+        frontiers.append(cell.loc[frontier_mask(flops, loss, tolerance), columns].sort_values("num_flops"))
     rows: list[dict[str, Any]] = []
     for context, cell in runs.groupby("context_length", sort=True):
         pair = {arch: cell[cell["arch"] == arch] for arch in _ARCHITECTURES}

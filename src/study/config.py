@@ -29,8 +29,10 @@ class SizeConfig:
 
 @dataclass
 class HeadRule:
-    """Heads by architecture: a head width, and exceptions by embedding dim."""
+    """Heads of an architecture: their number, or as many of at least ``head_dim`` as divide the embedding dim;
+    ``by_width`` holds exceptions by embedding dim."""
 
+    num_heads: int | None = None
     head_dim: int | None = None
     by_width: dict[int, int] = field(default_factory=dict)
 

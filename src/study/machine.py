@@ -39,8 +39,8 @@ def resolve_compute_dtype(setting: str, device: str = "cpu") -> str:
 def keep_freed_memory() -> None:
     """Let the C allocator keep what is freed, where it is glibc's.
 
-    By default it maps and unmaps every block of a megabyte, and each page of a fresh block costs a fault: a third of the
-    time of a small model's training step (docs/log.md).
+    By default it maps and unmaps every block of a megabyte, and each page of a fresh block costs a fault: a third of
+    the time of a small model's training step (docs/log.md).
     """
     if not sys.platform.startswith("linux"):
         return

@@ -99,19 +99,21 @@ def model_vocab_size(config: DictConfig) -> int:
 
 
 def num_heads(config: DictConfig, arch: str, embedding_dim: int, explicit: int | dict | None = None) -> int:
-    """Heads by the size, else by ``study.heads``: an exception for the width, else the most heads of at least
-    ``head_dim`` that divide the width."""
+    """Heads by the size, else by ``study.heads``: an exception for the width, else ``num_heads``, else the most heads of
+    at least ``head_dim`` that divide the width."""
     if isinstance(explicit, int):
         return explicit
     if explicit is not None and arch in explicit:
         return int(explicit[arch])
     rule = config.study.heads.get(arch)
     if rule is None:
-        raise PlanError(f"study.heads.{arch} is missing: give it head_dim, e.g. {{head_dim: 64}}")
+        raise PlanError(f"study.heads.{arch} is missing: give it num_heads or head_dim, e.g. {{head_dim: 64}}")
     if embedding_dim in rule.by_width:
         return rule.by_width[embedding_dim]
+    if rule.num_heads is not None:
+        return rule.num_heads
     if rule.head_dim is None:
-        raise PlanError(f"study.heads.{arch}: no head_dim, and by_width lacks {embedding_dim}")
+        raise PlanError(f"study.heads.{arch}: neither num_heads nor head_dim, and by_width lacks {embedding_dim}")
     most = max(1, embedding_dim // rule.head_dim)
     return next(n for n in range(most, 0, -1) if embedding_dim % (2 * n) == 0 or n == 1)
 

@@ -20,7 +20,7 @@ from xlstm_scaling.study.config import compose, normalise_overrides, to_dict
 from xlstm_scaling.study.files import digest
 from xlstm_scaling.study.paths import StudyPaths
 from xlstm_scaling.study.plan import RunSpec, benchmarked_runs, plan_runs
-from xlstm_scaling.warmstart import SESSION_VARIABLE
+from xlstm_scaling.warmstart import open_session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -88,7 +88,7 @@ class WorkflowStudy:
         if search[0] != here:
             os.environ["PATH"] = os.pathsep.join([here, *search])
         if self.config.hardware.warm_start:
-            os.environ.setdefault(SESSION_VARIABLE, str(os.getpid()))
+            open_session(os.environ)
 
     def fit_files(self, suffix: str) -> list[Path]:
         """The tables of the stage `fit`."""

@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 
 #: tokens up to this size are read and compared with their digest before a run; larger ones by their size alone
 DIGEST_CHECK_BYTES = 2**28
-LOG_INTERVALS = 100  # entries of the training curve
+#: entries of the training curve, more where that would be more than MAX_LOG_INTERVAL steps apart
+LOG_ENTRIES = 100
+MAX_LOG_INTERVAL = 100
 
 
 class NonFiniteLoss(RuntimeError):
@@ -159,6 +161,7 @@ class Run:
         )
         self.peak_flops = execution.peak_flops or measure_peak_flops(self.model.compute_dtype, execution.device)
         self.step, self.first_loss, self.smooth_loss, self.seconds = 0, None, None, 0.0
+        self.losses: list[float] = []  # since the last entry of the training curve
         self._restore()
         status, detail = "ok", ""
         with self._sigterm_saves():
@@ -179,7 +182,7 @@ class Run:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.first_loss, self.smooth_loss = content["step"], content["first_loss"], content["smooth_loss"]
-        self.seconds = content["seconds"]
+        self.losses, self.seconds = content["losses"], content["seconds"]
         kept = [line for line in self.read_history() if line["step"] <= self.step]
         self.history_path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         log.info("%s resumes at step %d of %d", self.spec.run_id, self.step, self.spec.num_train_steps)
@@ -206,6 +209,7 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "first_loss": self.first_loss,
                 "smooth_loss": self.smooth_loss,
+                "losses": self.losses,
                 "seconds": self.seconds,
             },
         )
@@ -217,11 +221,10 @@ class Run:
 
     def _loop(self) -> None:
         spec = self.spec
-        log_interval = max(1, spec.num_train_steps // LOG_INTERVALS)
+        log_interval = max(1, min(MAX_LOG_INTERVAL, spec.num_train_steps // LOG_ENTRIES))
         every = max(1, math.ceil(spec.num_train_steps / spec.validation["evaluations"]))
         tokens_per_step = spec.batch_sequences * spec.context_length
         last_save = time.monotonic()
-        losses: list[float] = []
         interval_start, interval_steps = time.perf_counter(), 0
         bar = tqdm(
             total=spec.num_train_steps,
@@ -234,13 +237,13 @@ class Run:
         with bar, self.history_path.open("a") as history:
             while self.step < spec.num_train_steps:
                 rate, loss, norm = self._update()
-                losses.append(loss)
+                self.losses.append(loss)
                 self.step += 1
                 interval_steps += 1
                 bar.update(1)
                 last = self.step == spec.num_train_steps
                 if self.step % log_interval == 0 or last:
-                    elapsed = time.perf_counter() - interval_start
+                    elapsed = max(time.perf_counter() - interval_start, 1e-9)
                     self.seconds += elapsed
                     per_s = interval_steps / elapsed
                     validate = self.step % every < log_interval and not last
@@ -248,7 +251,7 @@ class Run:
                         "step": self.step,
                         "tokens": self.step * tokens_per_step,
                         "flops": self.step * spec.flops_per_step,
-                        "train_loss": sum(losses) / len(losses),
+                        "train_loss": sum(self.losses) / len(self.losses),
                         "val_loss": self.validate() if validate else None,
                         "learning_rate": rate,
                         "grad_norm": norm,
@@ -259,15 +262,15 @@ class Run:
                     history.write(json.dumps(entry) + "\n")
                     history.flush()
                     bar.set_postfix(loss=f"{entry['train_loss']:.3f}", mfu=f"{entry['mfu']:.0%}", refresh=False)
-                    losses = []
+                    self.losses = []
                     interval_start, interval_steps = time.perf_counter(), 0
                 due = time.monotonic() - last_save > self.execution.checkpoint_interval_s
-                # a checkpoint falls on a logged step, so that the curve of a resumed run has the same entries
-                if (due or self.stop) and not losses and not last:
+                if (due or self.stop) and not last:
+                    self.seconds += time.perf_counter() - interval_start
                     self._save()
                     last_save = time.monotonic()
-                    interval_start = time.perf_counter()
-                if self.stop and not losses and not last:
+                    interval_start, interval_steps = time.perf_counter(), 0
+                if self.stop and not last:
                     raise Preempted(f"{spec.run_id} saved at step {self.step}; run it again to go on")
 
     def _update(self) -> tuple[float, float, float]:
@@ -360,7 +363,7 @@ class Run:
 
 
 class _SignalFlag:
-    """While entered, SIGTERM asks the run to save and stop at the next logged step."""
+    """While entered, SIGTERM asks the run to save and stop after the step it is at."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

@@ -25,6 +25,13 @@ def test_frontier_is_what_nothing_beats(runs):
             assert better.any() or ((flops == flops[i]) & (loss == loss[i]) & mask).any()
 
 
+def test_runs_of_one_budget_compete_as_equals():
+    """A step more or less does not put two runs of a budget on the frontier."""
+    flops, loss = np.array([1.0e12, 1.002e12, 1.5e12]), np.array([3.9, 3.6, 3.5])
+    assert frontier_mask(flops, loss).tolist() == [True, True, True]
+    assert frontier_mask(flops, loss, tolerance=0.02).tolist() == [False, True, True]
+
+
 @given(pairs)
 def test_convex_frontier_lies_below_all_runs(runs):
     flops, loss = np.array(runs, dtype=float).T

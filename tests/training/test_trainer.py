@@ -15,6 +15,7 @@ from xlstm_scaling.study.plan import plan_runs
 from xlstm_scaling.training import trainer
 from xlstm_scaling.training.checkpoint import load_file
 from xlstm_scaling.training.trainer import Execution, Run, load_trained, train
+from xlstm_scaling.warmstart import open_session
 
 QUIET = Execution(progress=False)
 
@@ -133,7 +134,8 @@ def test_same_bits_in_another_process_with_a_busy_neighbour(spec, tokens_folder,
 
     hardware = OmegaConf.to_container(OmegaConf.structured(HardwareConfig))
     plan.write_text(json.dumps({"hardware": hardware, "runs": [asdict(spec)], "study": "t", "corpus": "c"}))
-    environment = os.environ | {"XLSTM_SCALING_SESSION_PID": str(os.getpid())}
+    environment = dict(os.environ)
+    open_session(environment)
     children = []
     for name, env in (("fresh", os.environ), ("warm", environment), ("warm2", environment)):
         results = tmp_path / name

@@ -25,10 +25,11 @@ rule figures:
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:
+        # words of the command line; as params they would rerun rules that they do not concern
+        arguments=study.arguments,
         mem_mb=1000,
         runtime=10,
     params:
         config_digest=study.digest("figures"),
-        arguments=study.arguments,
     shell:
-        "xlstm-scaling figures {params.arguments} 2> {log}"
+        "xlstm-scaling figures {resources.arguments} 2> {log}"

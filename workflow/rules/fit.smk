@@ -22,10 +22,11 @@ rule fit:
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:
+        # words of the command line; as params they would rerun rules that they do not concern
+        arguments=study.arguments,
         mem_mb=2000,
         runtime=30,
     params:
         config_digest=study.digest("fitting"),
-        arguments=study.arguments,
     shell:
-        "OMP_NUM_THREADS=1 xlstm-scaling fit {params.arguments} 2> {log}"
+        "OMP_NUM_THREADS=1 xlstm-scaling fit {resources.arguments} 2> {log}"

@@ -16,11 +16,12 @@ rule inference:
         "../envs/xlstm-scaling.yaml"
     threads: workflow.cores
     resources:
+        # words of the command line; as params they would rerun rules that they do not concern
+        arguments=study.arguments,
         mem_mb=4000,
         runtime=60,
     params:
         config_digest=study.digest("inference"),
         trained=[run.run_id for run in study.benchmarked_runs],
-        arguments=study.arguments,
     shell:
-        "xlstm-scaling inference {params.arguments} 2> {log}"
+        "xlstm-scaling inference {resources.arguments} 2> {log}"

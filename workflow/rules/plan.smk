@@ -18,10 +18,11 @@ rule plan:
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:
+        # words of the command line; as params they would rerun rules that they do not concern
+        arguments=study.arguments,
         mem_mb=500,
         runtime=5,
     params:
         config_digest=study.digest("study", "training", "hardware", "corpus", "tokenizer"),
-        arguments=study.arguments,
     shell:
-        "xlstm-scaling plan {params.arguments} > {log} 2>&1"
+        "xlstm-scaling plan {resources.arguments} > {log} 2>&1"

@@ -1,7 +1,42 @@
+rule findings:
+    """What the study found, in sentences computed from its tables."""
+    input:
+        runs=paths.study / "runs.parquet",
+        fits=study.fit_files(".parquet"),
+        inference=rules.inference.output,
+        code=study.code("report"),
+    output:
+        html=report(
+            paths.study / "findings.html",
+            caption="../report/findings.rst",
+            category="Overview",
+            labels={"figure": "Findings"},
+        ),
+        text=paths.study / "findings.md",
+        table=paths.study / "findings.csv",
+        parquet=paths.study / "findings.parquet",
+    log:
+        LOGS / study.config.study.name / "findings.log",
+    benchmark:
+        LOGS / study.config.study.name / "findings.tsv"
+    conda:
+        "../envs/xlstm-scaling.yaml"
+    resources:
+        # words of the command line; as params they would rerun rules that they do not concern
+        arguments=study.arguments,
+        mem_mb=1000,
+        runtime=5,
+    params:
+        title=study.config.study.title,
+    shell:
+        "xlstm-scaling findings {resources.arguments} > {log} 2>&1"
+
+
 rule report:
     """Snakemake's self-contained report of the figures and tables: a read-only call of this workflow on itself."""
     input:
         rules.figures.output,
+        rules.findings.output,
         captions=study.captions,
     output:
         html=paths.study / "report.html",
@@ -12,11 +47,12 @@ rule report:
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:
+        config_words=study.workflow_config_arguments,
+        snakefile=workflow.main_snakefile,
         mem_mb=1000,
         runtime=10,
     params:
-        config=study.workflow_config_arguments,
         partial=paths.study / "report.partial.html",
     shell:
-        "snakemake --cores 1 --nolock --report {params.partial} --config {params.config} -- figures > {log} 2>&1"
+        "snakemake --snakefile {resources.snakefile} --cores 1 --nolock --report {params.partial} --config {resources.config_words} -- figures findings > {log} 2>&1"
         " && mv {params.partial} {output.html}"

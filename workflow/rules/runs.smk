@@ -19,9 +19,9 @@ rule runs:
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:
+        # words of the command line; as params they would rerun rules that they do not concern
+        arguments=study.arguments,
         mem_mb=1000,
         runtime=10,
-    params:
-        arguments=study.arguments,
     shell:
-        "xlstm-scaling runs {params.arguments} 2> {log}"
+        "xlstm-scaling runs {resources.arguments} 2> {log}"

@@ -11,10 +11,11 @@ rule tokens:
         "../envs/xlstm-scaling.yaml"
     threads: 2
     resources:
+        # words of the command line; as params they would rerun rules that they do not concern
+        arguments=study.arguments,
         mem_mb=1000,
         runtime=30,
     params:
         spec=paths.tokens_id,
-        arguments=study.arguments,
     shell:
-        "xlstm-scaling tokens {params.arguments} 2> {log}"
+        "xlstm-scaling tokens {resources.arguments} 2> {log}"

@@ -1,0 +1,196 @@
+"""The findings of a study: sentences with intervals, each computed from a table and naming it.
+
+Tables in (docs/tables.md), one table out: topic, statement, value, lo, hi, source.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from xlstm_scaling.study.files import write_table, write_text_atomic
+
+NAMES = {"xlstm": "xLSTM", "transformer": "Transformer"}
+VARIABLES = {"num_params": "N*", "num_tokens": "D*", "loss": "the least loss"}
+#: smallest training budget of the paper's IsoFLOP sets [FLOPs] (arXiv 2510.02228)
+PAPER_SMALLEST_BUDGET = 6e18
+
+Finding = tuple[str, str, float, float, float, str]
+
+
+def _name(arch: str) -> str:
+    return NAMES.get(arch, arch)
+
+
+def _interval(value: float, lo: float, hi: float, form: str = ".2f") -> str:
+    if not (math.isfinite(lo) and math.isfinite(hi)):
+        return f"{value:{form}} (no interval)"
+    return f"{value:{form}} ({lo:{form}} to {hi:{form}})"
+
+
+def _scope(runs: pd.DataFrame) -> Iterator[Finding]:
+    ok = runs[runs.status == "ok"]
+    contexts = ", ".join(f"{c:,}" for c in sorted(runs.context_length.unique()))
+    yield (
+        "scope",
+        f"{len(runs)} training runs: N from {ok.num_params.min():,.0f} to {ok.num_params.max():,.0f} parameters, "
+        f"D from {ok.num_tokens.min():.2g} to {ok.num_tokens.max():.2g} tokens, H from {ok.num_flops.min():.2g} to "
+        f"{ok.num_flops.max():.2g} FLOPs, contexts {contexts}; at most {runs.epochs.max():.2g} epochs over the text.",
+        len(runs), math.nan, math.nan, "runs",
+    )  # fmt: skip
+    lost = runs[runs.status != "ok"]
+    text = "No run diverged or failed."
+    if len(lost):
+        text = f"{len(lost)} runs diverged or failed and are left out of every fit: {', '.join(lost.run_id.head(5))}."
+    yield "scope", text, len(lost), math.nan, math.nan, "runs"
+    orders = math.log10(PAPER_SMALLEST_BUDGET / ok.num_flops.max())
+    if orders > 0.5:
+        yield (
+            "scope",
+            f"The largest run here costs {orders:.1f} orders of magnitude less than the smallest budget of the "
+            "paper: exponents need not carry over; one seed and one learning rate a size; the intervals hold the noise "
+            "of runs around a fit, not that of seeds or of tuning.",
+            orders, math.nan, math.nan, "runs",
+        )  # fmt: skip
+
+
+def _isoflop(isoflop: pd.DataFrame) -> Iterator[Finding]:
+    if isoflop.empty:
+        return
+    share = float((isoflop.status == "ok").mean())
+    ok = int((isoflop.status == "ok").sum())
+    text = f"{ok} of {len(isoflop)} IsoFLOP parabolas have their minimum inside the sizes trained."
+    yield "isoflop", text, share, math.nan, math.nan, "fits/isoflop"
+
+
+def _power_laws(laws: pd.DataFrame) -> Iterator[Finding]:
+    usable = laws[(laws.status == "ok") & laws.exponent.notna()]
+    for predictor, symbol in (("flops", "H"), ("context_length", "context length")):
+        for variable in ("num_params", "num_tokens", "loss"):
+            rows = usable[(usable.predictor == predictor) & (usable.variable == variable)]
+            for row in rows[~rows.arch.str.contains(" - ")].itertuples():
+                where = f" at context {row.context_length:,.0f}" if math.isfinite(row.context_length) else ""
+                text = (
+                    f"{_name(row.arch)}: {VARIABLES[variable]} goes as {symbol} to the power "
+                    f"{_interval(row.exponent, row.exponent_lo, row.exponent_hi)}{where}, from {row.num_points} minima."
+                )
+                yield f"{predictor} law", text, row.exponent, row.exponent_lo, row.exponent_hi, "fits/power_laws"
+            for row in rows[rows.arch.str.contains(" - ")].itertuples():
+                known = math.isfinite(row.exponent_lo) and math.isfinite(row.exponent_hi)
+                told = known and (row.exponent_lo > 0 or row.exponent_hi < 0)
+                verdict = "the architectures differ" if told else "this study does not tell them apart"
+                first, second = (_name(name) for name in row.arch.split(" - "))
+                text = (
+                    f"{first} minus {second}, exponent of {VARIABLES[variable]} in {symbol}: "
+                    f"{_interval(row.exponent, row.exponent_lo, row.exponent_hi)}; {verdict}."
+                )
+                yield f"{predictor} law", text, row.exponent, row.exponent_lo, row.exponent_hi, "fits/power_laws"
+
+
+def _equal_loss(ratio: pd.DataFrame) -> Iterator[Finding]:
+    known = ratio[ratio.flop_ratio_lo.notna() & ratio.flop_ratio_hi.notna()].sort_values("val_loss")
+    if known.empty:
+        return
+    row = known.iloc[len(known) // 2]
+    better = "no difference is shown"
+    if row.flop_ratio_lo > 1:
+        better = "xLSTM buys the same loss for fewer FLOPs"
+    elif row.flop_ratio_hi < 1:
+        better = "the Transformer buys the same loss for fewer FLOPs"
+    text = (
+        f"At a loss of {row.val_loss:.2f} nat/token the Transformer needs "
+        f"{_interval(row.flop_ratio, row.flop_ratio_lo, row.flop_ratio_hi)} times the FLOPs of xLSTM: {better}."
+    )
+    yield "equal loss", text, row.flop_ratio, row.flop_ratio_lo, row.flop_ratio_hi, "fits/pareto_ratio"
+
+
+def _overtraining(slopes: pd.DataFrame) -> Iterator[Finding]:
+    for arch, rows in slopes[slopes.status == "ok"].groupby("arch", sort=False):
+        low, high = rows.slope.min(), rows.slope.max()
+        overlap = rows.slope_lo.max() <= rows.slope_hi.min()
+        verdict = "all intervals share a value, the lines may be parallel" if overlap else "the lines are not parallel"
+        text = (
+            f"{_name(arch)}: over-training slopes of ln loss in ln H lie between {low:.3f} and {high:.3f} over "
+            f"{len(rows)} token/param ratios; {verdict}."
+        )
+        yield "over-training", text, float(rows.slope.mean()), low, high, "fits/overtraining"
+
+
+def _surface(surface: pd.DataFrame) -> Iterator[Finding]:
+    main = surface[surface.status == "converged"]
+    for arch, rows in main.groupby("arch", sort=False):
+        low, high = rows.exponent_params.min(), rows.exponent_params.max()
+        text = (
+            f"{_name(arch)}: the exponent of N* by the loss surface goes from {low:.2f} to {high:.2f} with the form, "
+            f"the subset and the Huber threshold ({len(rows)} of {(surface.arch == arch).sum()} fits converged)."
+        )
+        yield "model form", text, float(rows.exponent_params.median()), low, high, "fits/surface"
+
+
+def _inference(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Finding]:
+    ok = measurements[(measurements.status == "ok") & (measurements.batch_size == measurements.batch_size.min())]
+    for arch, rows in ok.groupby("arch", sort=False):
+        largest = rows[rows.num_params == rows.num_params.max()].sort_values("prefill_length")
+        if len(largest) < 2:
+            continue
+        first, last = largest.iloc[0], largest.iloc[-1]
+        growth = last.step_time_s / first.step_time_s
+        text = (
+            f"{_name(arch)}, {first.num_params:.2g} parameters: the step time after {last.prefill_length:,} tokens is "
+            f"{growth:.2f} times that after {first.prefill_length:,} ({1e3 * first.step_time_s:.2f} ms)."
+        )
+        yield "inference", text, growth, math.nan, math.nan, "inference/measurements"
+    for row in models.itertuples():
+        if np.isfinite(row.mape_held_out):
+            quantity = {"ttft": "time to first token", "step_time": "step time"}[row.quantity]
+            error = f"{row.mape_held_out:.0%}"
+            text = f"{_name(row.arch)}: the runtime model misses the {quantity} of a size it has not seen by {error}."
+            yield "runtime model", text, row.mape_held_out, math.nan, math.nan, "inference/runtime_model"
+
+
+def findings(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The findings of a study from its tables (``runs``, ``fits/…``, ``inference/…``), in the order of the report."""
+    found: list[Finding] = [
+        *_equal_loss(tables["fits/pareto_ratio"]),
+        *_power_laws(tables["fits/power_laws"]),
+        *_surface(tables["fits/surface"]),
+        *_overtraining(tables["fits/overtraining"]),
+        *_inference(tables["inference/measurements"], tables["inference/runtime_model"]),
+        *_isoflop(tables["fits/isoflop"]),
+        *_scope(tables["runs"]),
+    ]
+    return pd.DataFrame(found, columns=["topic", "statement", "value", "lo", "hi", "source"])
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.05rem; margin: 1.4rem 0 .3rem }}
+li {{ margin: .35rem 0 }} small {{ opacity: .65 }}
+</style></head><body><h1>{title}</h1>
+<p>Every sentence is computed from a table of this study; numbers in brackets are {level:.0%} bootstrap intervals.</p>
+{body}
+</body></html>
+"""
+
+
+def write_findings(table: pd.DataFrame, stem: Path, title: str, confidence: float) -> None:
+    """``stem``.csv and .parquet (the table), ``stem``.md and ``stem``.html (for people)."""
+    write_table(table, stem)
+    markdown, body = [f"# {title}", ""], []
+    for topic, rows in table.groupby("topic", sort=False):
+        markdown += [f"## {topic}", "", *(f"- {s}" for s in rows.statement), ""]
+        items = "".join(
+            f"<li>{html.escape(row.statement)} <small>{row.source}</small></li>" for row in rows.itertuples()
+        )
+        body.append(f"<h2>{html.escape(topic)}</h2><ul>{items}</ul>")
+    write_text_atomic(stem.with_suffix(".md"), "\n".join(markdown))
+    page = PAGE.format(title=html.escape(title), level=confidence, body="\n".join(body))
+    write_text_atomic(stem.with_suffix(".html"), page)

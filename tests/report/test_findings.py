@@ -1,0 +1,85 @@
+"""The findings say what the tables say, and claim nothing where an interval does not."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from xlstm_scaling.report import findings, write_findings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
+from figure_tables import make_runs
+
+LAW = {
+    "context_length": 512.0, "variable": "num_params", "predictor": "flops", "num_points": 3, "status": "ok",
+}  # fmt: skip
+
+
+def tables(ratio=(1.5, 1.2, 1.9), difference=(0.05, -0.1, 0.2)):
+    laws = pd.DataFrame(
+        [
+            {**LAW, "arch": "xlstm", "exponent": 0.5, "exponent_lo": 0.4, "exponent_hi": 0.6},
+            {**LAW, "arch": "xlstm - transformer"} | dict(zip(("exponent", "exponent_lo", "exponent_hi"), difference)),
+        ]
+    )
+    ratios = pd.DataFrame([{"val_loss": 3.5} | dict(zip(("flop_ratio", "flop_ratio_lo", "flop_ratio_hi"), ratio))])
+    surface = pd.DataFrame({"arch": ["xlstm"] * 2, "status": ["converged", "bound_hit"], "exponent_params": [0.4, 9.0]})
+    slopes = pd.DataFrame(
+        {"arch": ["xlstm"] * 2, "status": "ok", "slope": [-0.05, -0.07], "slope_lo": [-0.06, -0.08],
+         "slope_hi": [-0.055, -0.065]}
+    )  # fmt: skip
+    measurements = pd.DataFrame(
+        {"arch": "xlstm", "status": "ok", "batch_size": 1, "num_params": 1000, "prefill_length": [128, 4096],
+         "step_time_s": [0.001, 0.0012]}
+    )  # fmt: skip
+    models = pd.DataFrame([{"arch": "xlstm", "quantity": "ttft", "mape_held_out": 0.12}])
+    isoflop = pd.DataFrame({"status": ["ok", "ok", "no_minimum"]})
+    return {
+        "runs": make_runs().assign(epochs=0.5), "fits/power_laws": laws, "fits/pareto_ratio": ratios, "fits/surface": surface,
+        "fits/overtraining": slopes, "fits/isoflop": isoflop, "inference/measurements": measurements,
+        "inference/runtime_model": models,
+    }  # fmt: skip
+
+
+def statements(**changes):
+    return "\n".join(findings(tables(**changes)).statement)
+
+
+def test_each_finding_carries_its_number_and_its_table():
+    table = findings(tables())
+    text = "\n".join(table.statement)
+    assert "needs 1.50 (1.20 to 1.90) times the FLOPs of xLSTM: xLSTM buys the same loss for fewer FLOPs" in text
+    assert "N* goes as H to the power 0.50 (0.40 to 0.60) at context 512, from 3 minima" in text
+    assert "2 of 3 IsoFLOP parabolas" in text
+    assert "1.20 times that after 128 (1.00 ms)" in text
+    assert "by 12%" in text
+    assert "goes from 0.40 to 0.40" in text  # the fit at its bound does not count
+    assert "the lines are not parallel" in text
+    assert "2 runs diverged" in text or "diverged or failed" in text
+    assert "orders of magnitude less than the smallest budget of the paper" in text
+    assert table.source.str.len().gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [((1.5, 0.9, 1.9), "no difference is shown"), ((0.5, 0.4, 0.8), "the Transformer buys the same loss")],
+)
+def test_the_other_outcomes_are_said_as_plainly(ratio, verdict):
+    assert verdict in statements(ratio=ratio)
+
+
+def test_a_difference_is_claimed_only_outside_its_interval():
+    assert "this study does not tell them apart" in statements()
+    assert "the architectures differ" in statements(difference=(0.3, 0.1, 0.5))
+    assert "this study does not tell them apart" in statements(difference=(0.3, float("nan"), float("nan")))
+
+
+def test_pages(tmp_path):
+    write_findings(findings(tables()), tmp_path / "findings", "A & B", 0.9)
+    page = (tmp_path / "findings.html").read_text()
+    assert "A &amp; B" in page
+    assert "90% bootstrap" in page
+    assert "http" not in page  # needs no network
+    assert (tmp_path / "findings.md").read_text().startswith("# A & B")
+    assert len(pd.read_csv(tmp_path / "findings.csv")) == len(pd.read_parquet(tmp_path / "findings.parquet"))

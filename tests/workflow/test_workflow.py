@@ -1,0 +1,130 @@
+"""The DAG: what reruns when something changes, in dry runs; a whole tiny study, twice."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+pytest.importorskip("snakemake", reason="Snakemake is not installed (pip install xlstm-scaling[workflow])")
+
+
+def snakemake(*words, cwd, conf=None, check=True):
+    environment = dict(os.environ)
+    environment.pop("XLSTM_SCALING_SESSION", None)
+    if conf is not None:
+        environment["XLSTM_SCALING_CONF"] = str(conf)
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2", *words]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def planned(text):
+    """Rule -> number of jobs in a dry run's summary."""
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", text, re.M) if name != "total"}
+
+
+def test_the_papers_study_dry_runs_in_seconds(tmp_path):
+    start = time.monotonic()
+    jobs = planned(snakemake("-n", "--config", "study=paper", cwd=tmp_path))
+    assert jobs["train_run"] == 640
+    assert time.monotonic() - start < 10
+
+
+def test_every_stage_is_a_target(tmp_path):
+    for stage in ("tokens", "plan", "train", "runs", "fit", "inference", "figures", "findings", "report"):
+        assert stage in planned(snakemake("-n", stage, "--config", "study=smoke", cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [("study=nope", "Available options"), ("stdy=smoke", "stdy"), ("overrides=[training.sed=2]", "training.sed")],
+)
+def test_bad_configuration_stops_before_any_work(tmp_path, config, message):
+    text = snakemake("-n", "--config", config, cwd=tmp_path, check=False)
+    assert message in text
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_overrides, text_folder, tmp_path_factory):
+    """A tiny study run to its report -> folder, configuration folder, `--config` words."""
+    folder = tmp_path_factory.mktemp("study")
+    text = folder / "text"
+    shutil.copytree(text_folder, text)
+    conf = Path(os.environ["XLSTM_SCALING_CONF"])
+    words = ["--config", "study=tiny", f"overrides=[corpus.path={text}]"]
+    snakemake(*words, cwd=folder, conf=conf)
+    return folder, conf, words
+
+
+@pytest.mark.slow
+def test_a_study_runs_to_its_report_and_then_rests(finished):
+    folder, conf, words = finished
+    results = folder / "results"
+    report = (results / "tiny" / "report.html").read_text()
+    assert len(report) > 500_000
+    for name in ("loss_vs_flops", "isoflop_curves", "ttft"):
+        assert (results / "tiny" / "figures" / f"{name}.svg").stat().st_size > 1000
+    assert len(list((results / "runs").glob("*/result.json"))) == 8
+    assert "Nothing to be done" in snakemake(*words, cwd=folder, conf=conf)
+
+
+def changed(finished, *overrides, touch=None):
+    folder, conf, words = finished
+    words = [*words[:-1], words[-1].replace("]", ",".join(["", *overrides]) + "]")]
+    return planned(snakemake("-n", *words, cwd=folder, conf=conf))
+
+
+@pytest.mark.slow
+def test_a_learning_rate_of_one_size_retrains_those_runs_alone(finished):
+    jobs = changed(finished, "+study.sizes.mid.learning_rate=0.003")
+    assert jobs["train_run"] == 2  # one size, two architectures
+    assert "tokens" not in jobs
+    assert jobs["fit"] == 1
+
+
+@pytest.mark.slow
+def test_a_setting_of_the_fits_retrains_nothing(finished):
+    jobs = changed(finished, "fitting.confidence=0.9")
+    assert "train_run" not in jobs
+    assert "inference" not in jobs
+    assert jobs["fit"] == 1
+
+
+@pytest.mark.slow
+def test_a_seed_retrains_all(finished):
+    jobs = changed(finished, "training.seed=2")
+    assert jobs["train_run"] == 8
+    assert "tokens" not in jobs
+
+
+@pytest.mark.slow
+def test_more_text_makes_new_tokens(finished):
+    folder, _, _ = finished
+    added = folder / "text" / "zzz.txt"
+    added.write_text("one more document about the state of the union " * 50)
+    try:
+        jobs = changed(finished)
+        assert jobs["tokens"] == 1
+        assert jobs["train_run"] == 8
+    finally:
+        added.unlink()
+
+
+@pytest.mark.slow
+def test_a_lost_result_is_found_again_without_training(finished):
+    folder, conf, words = finished
+    run = next((folder / "results" / "runs").iterdir())
+    before = (run / "final.ckpt").stat().st_mtime_ns
+    (run / "result.json").unlink()
+    snakemake("train", *words, cwd=folder, conf=conf)
+    assert (run / "result.json").exists()
+    assert (run / "final.ckpt").stat().st_mtime_ns == before
