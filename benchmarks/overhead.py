@@ -1,8 +1,8 @@
 """How much of a finished study's wall time was not training: python benchmarks/overhead.py [results/laptop] [cores]
 
-Reads the benchmark files that Snakemake wrote beside the rules' logs and what the runs say of themselves. Wall time goes from
-the start of the first job to the end of the last; training is the time that runs spent in their training loop, divided by the
-runs side by side. The last line is JSON.
+Reads the benchmark files that Snakemake wrote beside the rules' logs and what the runs say of themselves. Wall time
+goes from the start of the first job to the end of the last; training is the time that runs spent in their training
+loop, divided by the runs side by side. The last line is JSON.
 """
 
 import json

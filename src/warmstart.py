@@ -11,7 +11,6 @@ The client must stay cheap: this module imports the standard library only.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,11 @@ import tempfile
 import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: every command starts its own process
+    fcntl = None
 
 #: set by the workflow to host:pid; the server lives as long as that process
 SESSION_VARIABLE = "XLSTM_SCALING_SESSION"
@@ -81,7 +85,7 @@ def _alive(pid: int) -> bool:
 def run_warm(argv: list[str]) -> int | None:
     """Run the command ``argv`` in a fork of the session's server -> its exit status; None if there is no server."""
     pid = session_pid()
-    if pid is None or not hasattr(socket, "send_fds") or len(str(socket_path(pid))) > MAX_SOCKET_NAME:
+    if pid is None or fcntl is None or not hasattr(socket, "send_fds"):
         return None
     try:
         connection = _connect(pid)
@@ -110,6 +114,8 @@ def _forward(child: int, number: int) -> None:
 
 def _connect(pid: int) -> socket.socket:
     path = socket_path(pid)
+    if len(str(path)) > MAX_SOCKET_NAME:
+        raise OSError(f"{path} is too long for a socket")
     with contextlib.suppress(OSError):
         return _open(path)
     with Path(f"{path}.lock").open("w") as lock:  # one client starts the server, the others wait for it

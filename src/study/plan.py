@@ -99,8 +99,8 @@ def model_vocab_size(config: DictConfig) -> int:
 
 
 def num_heads(config: DictConfig, arch: str, embedding_dim: int, explicit: int | dict | None = None) -> int:
-    """Heads by the size, else by ``study.heads``: an exception for the width, else ``num_heads``, else the most heads of
-    at least ``head_dim`` that divide the width."""
+    """Heads by the size, else by ``study.heads``: an exception for the width, else ``num_heads``, else the most heads
+    of at least ``head_dim`` that divide the width."""
     if isinstance(explicit, int):
         return explicit
     if explicit is not None and arch in explicit:

@@ -36,9 +36,9 @@ def tables(ratio=(1.5, 1.2, 1.9), difference=(0.05, -0.1, 0.2)):
     models = pd.DataFrame([{"arch": "xlstm", "quantity": "ttft", "mape_held_out": 0.12}])
     isoflop = pd.DataFrame({"status": ["ok", "ok", "no_minimum"]})
     return {
-        "runs": make_runs().assign(epochs=0.5), "fits/power_laws": laws, "fits/pareto_ratio": ratios, "fits/surface": surface,
-        "fits/overtraining": slopes, "fits/isoflop": isoflop, "inference/measurements": measurements,
-        "inference/runtime_model": models,
+        "runs": make_runs().assign(epochs=0.5), "fits/power_laws": laws, "fits/pareto_ratio": ratios,
+        "fits/surface": surface, "fits/overtraining": slopes, "fits/isoflop": isoflop,
+        "inference/measurements": measurements, "inference/runtime_model": models,
     }  # fmt: skip
 
 
