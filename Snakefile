@@ -13,6 +13,8 @@ from xlstm_scaling.study.workflow import WorkflowStudy
 validate(config, "workflow/schemas/config.schema.yaml")
 study = WorkflowStudy(config)
 paths = study.paths
+# the report's captions name the level of the intervals
+config["fitting"] = {"confidence": study.config.fitting.confidence}
 
 study.prepare_environment()
 

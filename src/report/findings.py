@@ -20,6 +20,9 @@ VARIABLES = {"num_params": "N*", "num_tokens": "D*", "loss": "the least loss"}
 #: smallest training budget of the paper's IsoFLOP sets [FLOPs] (arXiv 2510.02228)
 PAPER_SMALLEST_BUDGET = 6e18
 
+#: fewer runs a ratio than this, and the bootstrap of a slope says too little for a verdict
+MIN_RUNS_FOR_SLOPES = 5
+
 Finding = tuple[str, str, float, float, float, str]
 
 
@@ -114,6 +117,8 @@ def _overtraining(slopes: pd.DataFrame) -> Iterator[Finding]:
         low, high = rows.slope.min(), rows.slope.max()
         overlap = rows.slope_lo.max() <= rows.slope_hi.min()
         verdict = "all intervals share a value, the lines may be parallel" if overlap else "the lines are not parallel"
+        if rows.num_runs.min() < MIN_RUNS_FOR_SLOPES:
+            verdict = f"{rows.num_runs.min()} runs a ratio are too few to say whether the lines are parallel"
         text = (
             f"{_name(arch)}: over-training slopes of ln loss in ln H lie between {low:.3f} and {high:.3f} over "
             f"{len(rows)} token/param ratios; {verdict}."

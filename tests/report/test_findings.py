@@ -16,7 +16,7 @@ LAW = {
 }  # fmt: skip
 
 
-def tables(ratio=(1.5, 1.2, 1.9), difference=(0.05, -0.1, 0.2)):
+def tables(ratio=(1.5, 1.2, 1.9), difference=(0.05, -0.1, 0.2), num_runs=6):
     laws = pd.DataFrame(
         [
             {**LAW, "arch": "xlstm", "exponent": 0.5, "exponent_lo": 0.4, "exponent_hi": 0.6},
@@ -26,7 +26,7 @@ def tables(ratio=(1.5, 1.2, 1.9), difference=(0.05, -0.1, 0.2)):
     ratios = pd.DataFrame([{"val_loss": 3.5} | dict(zip(("flop_ratio", "flop_ratio_lo", "flop_ratio_hi"), ratio))])
     surface = pd.DataFrame({"arch": ["xlstm"] * 2, "status": ["converged", "bound_hit"], "exponent_params": [0.4, 9.0]})
     slopes = pd.DataFrame(
-        {"arch": ["xlstm"] * 2, "status": "ok", "slope": [-0.05, -0.07], "slope_lo": [-0.06, -0.08],
+        {"arch": ["xlstm"] * 2, "status": "ok", "num_runs": num_runs, "slope": [-0.05, -0.07], "slope_lo": [-0.06, -0.08],
          "slope_hi": [-0.055, -0.065]}
     )  # fmt: skip
     measurements = pd.DataFrame(
@@ -67,6 +67,10 @@ def test_each_finding_carries_its_number_and_its_table():
 )
 def test_the_other_outcomes_are_said_as_plainly(ratio, verdict):
     assert verdict in statements(ratio=ratio)
+
+
+def test_few_runs_a_ratio_give_no_verdict_on_slopes():
+    assert "3 runs a ratio are too few to say" in statements(num_runs=3)
 
 
 def test_a_difference_is_claimed_only_outside_its_interval():
