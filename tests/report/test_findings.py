@@ -26,8 +26,8 @@ def tables(ratio=(1.5, 1.2, 1.9), difference=(0.05, -0.1, 0.2), num_runs=6):
     ratios = pd.DataFrame([{"val_loss": 3.5} | dict(zip(("flop_ratio", "flop_ratio_lo", "flop_ratio_hi"), ratio))])
     surface = pd.DataFrame({"arch": ["xlstm"] * 2, "status": ["converged", "bound_hit"], "exponent_params": [0.4, 9.0]})
     slopes = pd.DataFrame(
-        {"arch": ["xlstm"] * 2, "status": "ok", "num_runs": num_runs, "slope": [-0.05, -0.07], "slope_lo": [-0.06, -0.08],
-         "slope_hi": [-0.055, -0.065]}
+        {"arch": ["xlstm"] * 2, "status": "ok", "num_runs": num_runs, "slope": [-0.05, -0.07],
+         "slope_lo": [-0.06, -0.08], "slope_hi": [-0.055, -0.065]}
     )  # fmt: skip
     measurements = pd.DataFrame(
         {"arch": "xlstm", "status": "ok", "batch_size": 1, "num_params": 1000, "prefill_length": [128, 4096],
