@@ -21,14 +21,24 @@ class Kernel:
     function: Callable
 
 
-#: modules that hold implementations, by (operation, backend); imported on demand
+_PACKAGE = "xlstm_scaling.kernels"
+#: modules that hold implementations, by (operation, backend); imported on demand. ``torch`` runs anywhere and is the
+#: reference, ``cpu`` is written for CPUs, ``triton`` for GPUs.
 _MODULES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("mlstm", "torch"): (
-        "xlstm_scaling.kernels.mlstm.recurrent",
-        "xlstm_scaling.kernels.mlstm.parallel",
-        "xlstm_scaling.kernels.mlstm.chunkwise",
-    ),
-    ("linear_cross_entropy", "torch"): ("xlstm_scaling.kernels.cross_entropy",),
+    ("mlstm", "torch"): ("mlstm.recurrent", "mlstm.parallel", "mlstm.chunkwise"),
+    ("mlstm", "cpu"): ("mlstm.chunkwise_cpu",),
+    ("mlstm", "triton"): ("mlstm.chunkwise_triton", "mlstm.step_triton"),
+    ("linear_cross_entropy", "torch"): ("cross_entropy",),
+    ("linear_cross_entropy", "triton"): ("cross_entropy_triton",),
+    ("rms_norm", "torch"): ("rms_norm",),
+    ("rms_norm", "cpu"): ("rms_norm",),
+    ("rms_norm", "triton"): ("rms_norm_triton",),
+    ("head_norm_gate", "torch"): ("head_norm_gate",),
+    ("head_norm_gate", "cpu"): ("head_norm_gate",),
+    ("head_norm_gate", "triton"): ("head_norm_gate_triton",),
+    ("gated_silu", "torch"): ("gated_silu",),
+    ("gated_silu", "cpu"): ("gated_silu",),
+    ("gated_silu", "triton"): ("gated_silu_triton",),
 }
 _REGISTRY: dict[tuple[str, str, str], Kernel] = {}
 
@@ -52,7 +62,7 @@ def kernels(op: str, backend: str = "torch") -> list[Kernel]:
         known = ", ".join(f"{o} ({b})" for o, b in _MODULES)
         raise ValueError(f"no kernels for operation {op!r} on backend {backend!r}; known: {known}")
     for module in _MODULES[op, backend]:
-        importlib.import_module(module)
+        importlib.import_module(f"{_PACKAGE}.{module}")
     return [kernel for (o, _, b), kernel in _REGISTRY.items() if (o, b) == (op, backend)]
 
 
