@@ -1,0 +1,102 @@
+"""Gradients of the keys of a tile: from the tiles after it in the chunk, and the state after the chunk."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xlstm_scaling.kernels.mlstm.triton.common import causal_weights, sum_between
+from xlstm_scaling.kernels.triton_math import cast, dot
+
+
+@triton.jit
+def key_gradients_kernel(
+    q_ptr, k_ptr, v_ptr, dh_ptr, i_ptr, b_ptr, r_ptr, g_ptr, m_ptr, m_tile_ptr, inv_n_ptr, dden_ptr, dC_ptr, dn_ptr,
+    dk_ptr, sent_ptr, column_ptr,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, dh_sb, dh_sh, dh_st, i_sb, i_sh, i_st, dk_sb, dk_sh, dk_st,
+    H, T, TILES, CHUNKS, scale,
+    D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr, WIDTH: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (B, H, T, d_qk) and, with G_ts the gradient of the log weight of source s in output t:
+
+    sent (blocks of d_qk, B·H, TILES): Σ_s Σ_t G_ts over s in the tile and t after its chunk; column (blocks, B·H,
+    TILES·BT): Σ_t G_ts over all t after the tile.
+    """
+    blocks_k: tl.constexpr = tl.cdiv(D_QK, BK)
+    pid = tl.program_id(0)
+    block_k, source = pid % blocks_k, (pid // blocks_k) % TILES
+    head = (pid // (blocks_k * TILES)).to(tl.int64)
+    heads = (tl.num_programs(0) // (blocks_k * TILES)).to(tl.int64)
+    chunk = head * CHUNKS + source // NT
+    end = tl.minimum((source // NT + 1) * NT, TILES)  # behind the last tile of the chunk
+    s = source * BT + tl.arange(0, BT)
+    inside = s < T
+    s = s.to(tl.int64)
+    dk = block_k * BK + tl.arange(0, BK)
+    in_k = dk < D_QK
+    q_ptr += (head // H) * q_sb + (head % H) * q_sh
+    k_ptr += (head // H) * k_sb + (head % H) * k_sh
+    v_ptr += (head // H) * v_sb + (head % H) * v_sh
+    dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
+    i_ptr += (head // H) * i_sb + (head % H) * i_sh
+    g_ptr += head * TILES
+    m_tile_ptr += head * (TILES + 1)
+    at_s = head * TILES * BT + s
+    m_next = tl.load(m_tile_ptr + source + 1)
+    column = tl.exp(tl.load(r_ptr + at_s) - m_next)
+
+    # the state after the chunk
+    acc = tl.zeros((BT, BK), tl.float32)
+    for start_v in tl.static_range(0, D_V, BV):
+        dv = start_v + tl.arange(0, BV)
+        in_v = dv < D_V
+        v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
+        at_C = chunk * D_QK * D_V + dk.to(tl.int64)[:, None] * D_V + dv[None, :]
+        dC = tl.load(dC_ptr + at_C, mask=in_k[:, None] & in_v[None, :], other=0.0)
+        acc = dot(v.to(MMA), tl.trans(dC.to(MMA)), acc, PRECISION)
+    acc += tl.load(dn_ptr + chunk * D_QK + dk, mask=in_k, other=0.0)[None, :]
+    acc *= tl.exp(sum_between(g_ptr, source + 1, end, WIDTH) + m_next - tl.load(m_tile_ptr + end))
+    k = tl.load(k_ptr + s[:, None] * k_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    mass = tl.sum(k.to(tl.float32) * acc, 1) * column
+    tl.store(sent_ptr + (block_k * heads + head) * TILES + source, tl.sum(mass, 0))
+
+    # the tiles after, in the chunk
+    for tile in range(source + 1, end):
+        t = tile * BT + tl.arange(0, BT)
+        in_t = t < T
+        t = t.to(tl.int64)
+        at_t = head * TILES * BT + t
+        dP = tl.zeros((BT, BT), tl.float32)  # rows s, columns t
+        for start_v in tl.static_range(0, D_V, BV):
+            dv = start_v + tl.arange(0, BV)
+            in_v = dv < D_V
+            v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=in_v[None, :], other=0.0)
+            dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0)
+            dP = dot(v.to(MMA), tl.trans(dh.to(MMA)), dP, PRECISION)
+        dP = dP * tl.load(inv_n_ptr + at_t)[None, :] + tl.load(dden_ptr + at_t)[None, :]
+        m_i = tl.load(m_tile_ptr + tile)
+        row = tl.exp(tl.load(b_ptr + at_t) + m_i - tl.load(m_ptr + at_t))
+        step = tl.exp(sum_between(g_ptr, source + 1, tile, WIDTH) + m_next - m_i) * scale
+        dP *= (row * step)[None, :]
+        q = tl.load(q_ptr + t[:, None] * q_st + dk[None, :], mask=in_t[:, None] & in_k[None, :], other=0.0)
+        acc = dot(cast(dP, MMA), q.to(MMA), acc, PRECISION)
+    tl.store(column_ptr + block_k * heads * TILES * BT + at_s, tl.sum(k.to(tl.float32) * acc, 1) * column)
+    acc *= column[:, None]
+
+    # the tile itself
+    dP = tl.zeros((BT, BT), tl.float32)
+    for start_v in tl.static_range(0, D_V, BV):
+        dv = start_v + tl.arange(0, BV)
+        in_v = inside[:, None] & (dv < D_V)[None, :]
+        v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=in_v, other=0.0)
+        dh = tl.load(dh_ptr + s[:, None] * dh_st + dv[None, :], mask=in_v, other=0.0)
+        dP = dot(v.to(MMA), tl.trans(dh.to(MMA)), dP, PRECISION)
+    dP = dP * tl.load(inv_n_ptr + at_s)[None, :] + tl.load(dden_ptr + at_s)[None, :]
+    i = tl.load(i_ptr + s * i_st, mask=inside, other=float("-inf")).to(tl.float32)
+    dP *= tl.trans(causal_weights(tl.load(b_ptr + at_s), i, tl.load(m_ptr + at_s), BT)) * scale
+    q = tl.load(q_ptr + s[:, None] * q_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    acc = dot(cast(dP, MMA), q.to(MMA), acc, PRECISION)
+    dk_ptr += (head // H) * dk_sb + (head % H) * dk_sh
+    tl.store(dk_ptr + s[:, None] * dk_st + dk[None, :], cast(acc, dk_ptr.dtype.element_ty),
+             mask=inside[:, None] & in_k[None, :])  # fmt: skip

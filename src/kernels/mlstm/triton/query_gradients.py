@@ -1,0 +1,122 @@
+"""Gradients of the queries of a tile, and the masses from which the gates' gradients are added up."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xlstm_scaling.kernels.mlstm.triton.common import causal_weights, sum_between
+from xlstm_scaling.kernels.triton_math import cast, dot
+
+
+@triton.jit
+def query_gradients_kernel(
+    q_ptr, k_ptr, v_ptr, dh_ptr, i_ptr, b_ptr, r_ptr, g_ptr, m_ptr, m_tile_ptr, inv_n_ptr, dden_ptr, C_ptr, n_ptr,
+    dq_ptr, received_ptr, row_ptr, column_ptr, crossing_ptr,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, dh_sb, dh_sh, dh_st, i_sb, i_sh, i_st, dq_sb, dq_sh, dq_st,
+    H, T, TILES, CHUNKS, scale,
+    D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr, WIDTH: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (B, H, T, d_qk) and, with G_ts the gradient of the log weight of source s in output t:
+
+    received (blocks of d_qk, B·H, TILES, NT): Σ_t Σ_s G_ts over t in the tile and all s before tile l of the chunk;
+    row (blocks, B·H, TILES·BT): Σ_s G_ts over all s before the tile; and inside the tile column_s = Σ_{t ≥ s} G_ts and
+    crossing_s = Σ_{t > s ≥ r} G_tr (B·H, TILES·BT). All are sums of what they mean, never differences of larger sums.
+    """
+    blocks_k: tl.constexpr = tl.cdiv(D_QK, BK)
+    pid = tl.program_id(0)
+    block_k, tile = pid % blocks_k, (pid // blocks_k) % TILES
+    head = (pid // (blocks_k * TILES)).to(tl.int64)
+    heads = (tl.num_programs(0) // (blocks_k * TILES)).to(tl.int64)
+    start = (tile // NT) * NT
+    chunk = head * CHUNKS + tile // NT
+    t = tile * BT + tl.arange(0, BT)
+    inside = t < T
+    t = t.to(tl.int64)
+    dk = block_k * BK + tl.arange(0, BK)
+    in_k = dk < D_QK
+    q_ptr += (head // H) * q_sb + (head % H) * q_sh
+    k_ptr += (head // H) * k_sb + (head % H) * k_sh
+    v_ptr += (head // H) * v_sb + (head % H) * v_sh
+    dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
+    i_ptr += (head // H) * i_sb + (head % H) * i_sh
+    g_ptr += head * TILES
+    m_tile_ptr += head * (TILES + 1)
+    received_ptr += ((block_k * heads + head) * TILES + tile) * NT
+    at_t = head * TILES * BT + t
+    m_i = tl.load(m_tile_ptr + tile)
+    b = tl.load(b_ptr + at_t)
+    m = tl.load(m_ptr + at_t)
+    inv_n = tl.load(inv_n_ptr + at_t)
+    dden = tl.load(dden_ptr + at_t)
+    row = tl.exp(b + m_i - m) * scale
+
+    # the state before the chunk
+    acc = tl.zeros((BT, BK), tl.float32)
+    for start_v in tl.static_range(0, D_V, BV):
+        dv = start_v + tl.arange(0, BV)
+        in_v = dv < D_V
+        dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
+        at_C = chunk * D_QK * D_V + dk.to(tl.int64)[:, None] * D_V + dv[None, :]
+        C = tl.load(C_ptr + at_C, mask=in_k[:, None] & in_v[None, :], other=0.0)
+        acc = dot(dh.to(MMA), tl.trans(C.to(MMA)), acc, PRECISION)
+    n = tl.load(n_ptr + chunk * D_QK + dk, mask=in_k, other=0.0)
+    acc = acc * inv_n[:, None] + dden[:, None] * n[None, :]
+    acc *= tl.exp(sum_between(g_ptr, start, tile, WIDTH) + tl.load(m_tile_ptr + start) - m_i)
+    q = tl.load(q_ptr + t[:, None] * q_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    mass = tl.sum(q.to(tl.float32) * acc, 1) * row
+    tl.store(received_ptr, tl.sum(mass, 0))
+
+    # the tiles before, in the chunk, oldest first
+    for source in range(start, tile):
+        s = source * BT + tl.arange(0, BT).to(tl.int64)  # all inside
+        dP = tl.zeros((BT, BT), tl.float32)
+        for start_v in tl.static_range(0, D_V, BV):
+            dv = start_v + tl.arange(0, BV)
+            in_v = dv < D_V
+            dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
+            v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=in_v[None, :], other=0.0)
+            dP = dot(dh.to(MMA), tl.trans(v.to(MMA)), dP, PRECISION)
+        dP = dP * inv_n[:, None] + dden[:, None]
+        m_next = tl.load(m_tile_ptr + source + 1)
+        r = tl.load(r_ptr + head * TILES * BT + s)
+        step = tl.exp(sum_between(g_ptr, source + 1, tile, WIDTH) + m_next - m_i)
+        dP *= (tl.exp(r - m_next) * step)[None, :]
+        k = tl.load(k_ptr + s[:, None] * k_st + dk[None, :], mask=in_k[None, :], other=0.0)
+        acc = dot(cast(dP, MMA), k.to(MMA), acc, PRECISION)
+        mass = tl.sum(q.to(tl.float32) * acc, 1) * row
+        within = source + 1 - start < NT
+        tl.store(received_ptr + source + 1 - start, tl.sum(mass, 0), mask=within)
+    tl.store(row_ptr + block_k * heads * TILES * BT + at_t, mass)
+    acc *= row[:, None]
+
+    # the tile itself
+    dP = tl.zeros((BT, BT), tl.float32)
+    for start_v in tl.static_range(0, D_V, BV):
+        dv = start_v + tl.arange(0, BV)
+        in_v = inside[:, None] & (dv < D_V)[None, :]
+        dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=in_v, other=0.0)
+        v = tl.load(v_ptr + t[:, None] * v_st + dv[None, :], mask=in_v, other=0.0)
+        dP = dot(dh.to(MMA), tl.trans(v.to(MMA)), dP, PRECISION)
+    i = tl.load(i_ptr + t * i_st, mask=inside, other=float("-inf")).to(tl.float32)
+    dS = (dP * inv_n[:, None] + dden[:, None]) * causal_weights(b, i, m, BT) * scale
+    k = tl.load(k_ptr + t[:, None] * k_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    acc = dot(cast(dS, MMA), k.to(MMA), acc, PRECISION)
+    dq_ptr += (head // H) * dq_sb + (head % H) * dq_sh
+    tl.store(dq_ptr + t[:, None] * dq_st + dk[None, :], cast(acc, dq_ptr.dtype.element_ty),
+             mask=inside[:, None] & in_k[None, :])  # fmt: skip
+    if block_k == 0:
+        scores = tl.zeros((BT, BT), tl.float32)
+        for start_k in tl.static_range(0, D_QK, BK):
+            d = start_k + tl.arange(0, BK)
+            in_d = inside[:, None] & (d < D_QK)[None, :]
+            q = tl.load(q_ptr + t[:, None] * q_st + d[None, :], mask=in_d, other=0.0)
+            k = tl.load(k_ptr + t[:, None] * k_st + d[None, :], mask=in_d, other=0.0)
+            scores = dot(q.to(MMA), tl.trans(k.to(MMA)), scores, PRECISION)
+        G = scores * dS
+        tl.store(column_ptr + at_t, tl.sum(G, 0))
+        before = tl.cumsum(G, 1)  # Σ_{r ≤ s} G_tr
+        columns = tl.arange(0, BT)
+        before = tl.where(columns[:, None] > columns[None, :], before, 0.0)
+        tl.store(crossing_ptr + at_t, tl.sum(before, 0))
