@@ -131,6 +131,12 @@ def _tile_sizes(q: Tensor, v: Tensor, chunk_size: int | None) -> tuple[int, int]
     return BT, NT
 
 
+def _through(passing: Tensor, g: Tensor, m_tile: Tensor, chunk: int, start: int, end: int) -> Tensor:
+    """Mass that passes from the state before a chunk (tiles start to end) to the state after it: (B·H)."""
+    decay = torch.exp((m_tile[:, start] - m_tile[:, end]) + g[:, start:end].sum(-1))
+    return passing[:, :, chunk].sum(0) * decay
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None) -> None:
     check_inputs(q, k, v, i, f)
     check_device(q, k, v, i, f, *(state or ()))
@@ -152,11 +158,12 @@ class _MLSTMChunkwise(torch.autograd.Function):
         d_v = v.shape[-1]
         p = _Problem(B, H, T, d_qk, d_v, q.dtype, *_tile_sizes(q, v, chunk_size))
         fp32 = {"dtype": torch.float32, "device": q.device}
-        b, r = (torch.empty(p.heads, p.tiles * p.BT, **fp32) for _ in range(2))
+        i_in = i
+        i, b, r = (torch.empty(p.heads, p.tiles * p.BT, **fp32) for _ in range(3))
         g = torch.empty(p.heads, p.tiles, **fp32)
         rows = min(8, triton.next_power_of_2(p.tiles))
         launch(gate_tiles_kernel, (triton.cdiv(p.tiles, rows) * p.heads,), num_warps=4, num_stages=1,
-               i_ptr=i, f_ptr=f, b_ptr=b, r_ptr=r, g_ptr=g, **_strides("i", i), **_strides("f", f),
+               i_ptr=i_in, f_ptr=f, input_ptr=i, b_ptr=b, r_ptr=r, g_ptr=g, **_strides("i", i_in), **_strides("f", f),
                H=H, T=T, TILES=p.tiles, BT=p.BT, ROWS=rows)  # fmt: skip
 
         C = torch.empty(p.heads, p.chunks, d_qk, d_v, dtype=p.state_dtype, device=q.device)
@@ -169,47 +176,47 @@ class _MLSTMChunkwise(torch.autograd.Function):
         has_initial = C0 is not None
         initial = (C0.float().contiguous(), n0.float().contiguous(), m0.float().contiguous()) if has_initial else (
             C_last, n_last, m_last)  # fmt: skip
-        launch(states_kernel, (grid,), k_ptr=k, v_ptr=v, r_ptr=r, g_ptr=g, C0_ptr=initial[0], n0_ptr=initial[1],
+        launch(states_kernel, (grid,), k_ptr=k, v_ptr=v, i_ptr=i, r_ptr=r, g_ptr=g, C0_ptr=initial[0], n0_ptr=initial[1],
                m0_ptr=initial[2], C_ptr=C, n_ptr=n, m_ptr=m_tile, C_last_ptr=C_last, n_last_ptr=n_last,
                m_last_ptr=m_last, **_strides("k", k), **_strides("v", v), HAS_INITIAL=has_initial,
                **p.matrix(), **config)  # fmt: skip
 
-        h = _like_tokens(p, d_v, q, q.dtype)
+        # gradients of the first state are sums over all tokens that nearly cancel: they need h as it was computed
+        exact_h = any(ctx.needs_input_grad[5:8])
+        h = _like_tokens(p, d_v, q, torch.float32 if exact_h else q.dtype)
         den, m = (torch.empty(p.heads, p.tiles * p.BT, **fp32) for _ in range(2))
         config = p.configured("mlstm_outputs", _defaults("mlstm_outputs", p))
         launch(outputs_kernel, (triton.cdiv(d_v, config["BV"]) * p.tiles * p.heads,),
                q_ptr=q, k_ptr=k, v_ptr=v, i_ptr=i, b_ptr=b, r_ptr=r, g_ptr=g, C_ptr=C, n_ptr=n, m_tile_ptr=m_tile,
                h_ptr=h, den_ptr=den, m_ptr=m, **_strides("q", q), **_strides("k", k), **_strides("v", v),
-               **_strides("i", i), **_strides("h", h), scale=d_qk**-0.5, eps=EPS,
+               **_strides("h", h), scale=d_qk**-0.5, eps=EPS,
                WIDTH=triton.next_power_of_2(p.NT), **p.matrix(), **config)  # fmt: skip
-        ctx.save_for_backward(q, k, v, i, f, h, b, r, g, C, n, m_tile, den, m, C0, n0, C_last, n_last)
+        ctx.save_for_backward(q, k, v, i, f, h, b, r, g, C, n, m_tile, den, m)
         ctx.problem = p
+        ctx.gate_dtypes = i_in.dtype, f.dtype
         ctx.dtypes = None if C0 is None else (C0.dtype, n0.dtype, m0.dtype)
         ctx.set_materialize_grads(False)
-        return h, C_last, n_last, m_last
+        return h.to(q.dtype), C_last, n_last, m_last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dh, dC_last, dn_last, dm_last):  # noqa: ANN001, ANN205
-        q, k, v, i, f, h, b, r, g, C, n, m_tile, den, m, C0, n0, C_last, n_last = ctx.saved_tensors
+        q, k, v, i, f, h, b, r, g, C, n, m_tile, den, m = ctx.saved_tensors
         p: _Problem = ctx.problem
         B, H, T, d_qk, d_v = p.B, p.H, p.T, p.d_qk, p.d_v
         fp32 = {"dtype": torch.float32, "device": q.device}
         padded = (p.heads, p.tiles * p.BT)
         dh = torch.zeros_like(h) if dh is None else _rows(dh)
         has_last = dC_last is not None or dn_last is not None
-        dm_chain = torch.zeros(B, H, **fp32) if dm_last is None else dm_last.float()
         if has_last:
             dC_last = torch.zeros(B, H, d_qk, d_v, **fp32) if dC_last is None else dC_last.float().contiguous()
             dn_last = torch.zeros(B, H, d_qk, **fp32) if dn_last is None else dn_last.float().contiguous()
-            # C and n are relative to exp(m): what their scale hands to the last max state
-            dm_chain = dm_chain - (dC_last * C_last).sum((-2, -1)) - (dn_last * n_last).sum(-1)
         inv_n, dden, dm = (torch.empty(padded, **fp32) for _ in range(3))
         flow = torch.empty(p.heads, p.tiles, **fp32)
         carried = torch.empty(p.heads, p.tiles, dtype=torch.int32, device=q.device)
         launch(output_gradients_kernel, (p.tiles * p.heads,), h_ptr=h, dh_ptr=dh, den_ptr=den, m_ptr=m, i_ptr=i,
                inv_n_ptr=inv_n, dden_ptr=dden, dm_ptr=dm, flow_ptr=flow, carried_ptr=carried, **_strides("h", h),
-               **_strides("dh", dh), **_strides("i", i), H=H, T=T, TILES=p.tiles, eps=EPS, D_V=d_v, BT=p.BT,
+               **_strides("dh", dh), H=H, T=T, TILES=p.tiles, eps=EPS, D_V=d_v, BT=p.BT,
                **p.configured("mlstm_output_gradients", _defaults("mlstm_output_gradients", p)))  # fmt: skip
 
         scale = d_qk**-0.5
@@ -225,7 +232,7 @@ class _MLSTMChunkwise(torch.autograd.Function):
                dC_ptr=dC, dn_ptr=dn, passing_ptr=passing, dC0_ptr=dC0, dn0_ptr=dn0, HAS_LAST=has_last,
                **p.matrix(), **config)  # fmt: skip
 
-        tiles = {**p.matrix(), "WIDTH": triton.next_power_of_2(p.NT), "i_ptr": i, **_strides("i", i)}
+        tiles = {**p.matrix(), "WIDTH": triton.next_power_of_2(p.NT), "i_ptr": i}
         keys = {"k_ptr": k, **_strides("k", k)}
         values = {"v_ptr": v, **_strides("v", v)}
         config = p.configured("mlstm_query_gradients", _defaults("mlstm_query_gradients", p))
@@ -252,19 +259,28 @@ class _MLSTMChunkwise(torch.autograd.Function):
         launch(value_gradients_kernel, (triton.cdiv(d_v, config["BV"]) * p.tiles * p.heads,), **shared, **keys,
                **tiles, r_ptr=r, dC_ptr=dC, dv_ptr=dv, **_strides("dv", dv), **config)  # fmt: skip
 
-        di = torch.empty(B, H, T, dtype=i.dtype, device=i.device)
+        # the last state is relative to exp(m): the gradient of m from its scale is minus the mass that it receives,
+        # added up from the very numbers that the gates get, so that what cancels cancels
+        dm_chain = torch.zeros(B, H, **fp32) if dm_last is None else dm_last.float()
+        if has_last:
+            last = (p.chunks - 1) * p.NT
+            mass = sent[:, :, last:].sum((0, 2)) + _through(passing, g, m_tile, p.chunks - 1, last, p.tiles)
+            dm_chain = dm_chain - mass.view(B, H)
+        di = torch.empty(B, H, T, dtype=ctx.gate_dtypes[0], device=i.device)
         df = torch.empty(B, H, T, dtype=f.dtype, device=f.device)
         dm0 = torch.empty(B, H, **fp32)
         launch(gate_gradients_kernel, (p.tiles * p.heads,), num_warps=4, num_stages=1, i_ptr=i, f_ptr=f, g_ptr=g,
                m_ptr=m, m_tile_ptr=m_tile, dm_ptr=dm, flow_ptr=flow, carried_ptr=carried,
                dm_last_ptr=dm_chain.contiguous(), received_ptr=received, row_ptr=row, sent_ptr=sent, column_ptr=column,
                tile_column_ptr=tile_column, crossing_ptr=crossing, passing_ptr=passing, di_ptr=di, df_ptr=df,
-               dm0_ptr=dm0, **_strides("i", i), **_strides("f", f), H=H, T=T, TILES=p.tiles, CHUNKS=p.chunks, NT=p.NT,
+               dm0_ptr=dm0, **_strides("f", f), H=H, T=T, TILES=p.tiles, CHUNKS=p.chunks, NT=p.NT,
                WIDTH=triton.next_power_of_2(p.NT), BT=p.BT, SCAN=min(1024, triton.next_power_of_2(p.tiles)),
                RECEIVED_BLOCKS=blocks_k, SENT_BLOCKS=sent_blocks, PASSING_BLOCKS=blocks)  # fmt: skip
         initial = (None, None, None)
-        if C0 is not None:
-            dm0 += (C0 * dC0).sum((-2, -1)) + (n0 * dn0).sum(-1)
+        if ctx.dtypes is not None:
+            end = min(p.NT, p.tiles)
+            mass = received[:, :, :end, 0].sum((0, 2)) + _through(passing, g, m_tile, 0, 0, end)
+            dm0 += mass.view(B, H)
             initial = tuple(x.to(dtype) for x, dtype in zip((dC0, dn0, dm0), ctx.dtypes, strict=True))
         return dq, dk, dv, di, df, *initial, None
 

@@ -26,5 +26,5 @@ def sum_between(g_ptr, first, last, WIDTH: tl.constexpr):  # noqa: ANN001, ANN20
 def causal_weights(b, i, m, BT: tl.constexpr):  # noqa: ANN001, ANN201
     """exp(b_t − b_s + i_s − m_t) for s ≤ t, else 0: rows t, columns s of the diagonal tile."""
     rows, columns = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    exponent = tl.where(rows >= columns, b[:, None] - b[None, :] + i[None, :] - m[:, None], float("-inf"))
-    return tl.exp(exponent)
+    exponent = (i[None, :] - m[:, None]) + (b[:, None] - b[None, :])
+    return tl.exp(tl.where(rows >= columns, exponent, float("-inf")))

@@ -13,7 +13,7 @@ def gate_gradients_kernel(
     i_ptr, f_ptr, g_ptr, m_ptr, m_tile_ptr, dm_ptr, flow_ptr, carried_ptr, dm_last_ptr,
     received_ptr, row_ptr, sent_ptr, column_ptr, tile_column_ptr, crossing_ptr, passing_ptr,
     di_ptr, df_ptr, dm0_ptr,
-    i_sb, i_sh, i_st, f_sb, f_sh, f_st,
+    f_sb, f_sh, f_st,
     H, T, TILES, CHUNKS,
     NT: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, SCAN: tl.constexpr,
     RECEIVED_BLOCKS: tl.constexpr, SENT_BLOCKS: tl.constexpr, PASSING_BLOCKS: tl.constexpr,
@@ -52,7 +52,7 @@ def gate_gradients_kernel(
     for block in tl.static_range(PASSING_BLOCKS):
         passing += tl.load(passing_ptr + (block * heads + head) * CHUNKS + chunk)
     decay = tl.sum(tl.load(g_ptr + index, mask=index < end, other=0.0), 0)
-    whole += passing * tl.exp(decay + tl.load(m_tile_ptr + start) - tl.load(m_tile_ptr + end))
+    whole += passing * tl.exp((tl.load(m_tile_ptr + start) - tl.load(m_tile_ptr + end)) + decay)
 
     # mass that ends, starts or stays in the tile
     later = columns > 0  # entry t − 1 counts for token t
@@ -80,9 +80,8 @@ def gate_gradients_kernel(
         inflow += open_ * tl.sum(flow, 0)
         open_ = tl.where(first_stop < TILES, 0, open_)
     inflow += open_ * tl.load(dm_last_ptr + head)
-    i = tl.load(i_ptr + (head // H) * i_sb + (head % H) * i_sh + t * i_st, mask=inside, other=float("-inf"))
     f = tl.load(f_ptr + (head // H) * f_sb + (head % H) * f_sh + t * f_st, mask=inside, other=0.0)
-    fresh = i.to(tl.float32) >= tl.load(m_ptr + at_t)
+    fresh = tl.load(i_ptr + at_t) >= tl.load(m_ptr + at_t)
     count = tl.cumsum(fresh.to(tl.int32), 0)
     dm = tl.load(dm_ptr + at_t)
     # dm_t' reaches t where no maximum is fresh in between

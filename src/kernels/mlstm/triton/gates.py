@@ -10,12 +10,12 @@ from xlstm_scaling.kernels.mlstm.triton.common import log_sigmoid
 
 @triton.jit
 def gate_tiles_kernel(
-    i_ptr, f_ptr, b_ptr, r_ptr, g_ptr,
+    i_ptr, f_ptr, input_ptr, b_ptr, r_ptr, g_ptr,
     i_sb, i_sh, i_st, f_sb, f_sh, f_st,
     H, T, TILES,
     BT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """i, f (B, H, T) -> b, r (B·H, TILES·BT), g (B·H, TILES), fp32; beyond T: log σ(f) = 0 and i = −inf.
+    """i, f (B, H, T) -> i, b, r (B·H, TILES·BT), g (B·H, TILES), fp32; beyond T: log σ(f) = 0 and i = −inf.
 
     A program takes ROWS tiles.
     """
@@ -35,5 +35,6 @@ def gate_tiles_kernel(
     i = tl.load(i_row + t * i_st, mask=inside, other=float("-inf")).to(tl.float32)
     exists = (tiles < TILES)[:, None]
     tl.store(b_ptr + head * TILES * BT + t, tl.cumsum(log_f, 1), mask=exists)
-    tl.store(r_ptr + head * TILES * BT + t, i + tl.cumsum(log_f_next, 1, reverse=True), mask=exists)
+    tl.store(r_ptr + head * TILES * BT + t, tl.cumsum(log_f_next, 1, reverse=True), mask=exists)
+    tl.store(input_ptr + head * TILES * BT + t, i, mask=exists)
     tl.store(g_ptr + head * TILES + tiles, tl.sum(log_f, 1), mask=tiles < TILES)

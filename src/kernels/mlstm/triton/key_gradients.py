@@ -13,7 +13,7 @@ from xlstm_scaling.kernels.triton_math import cast, dot
 def key_gradients_kernel(
     q_ptr, k_ptr, v_ptr, dh_ptr, i_ptr, b_ptr, r_ptr, g_ptr, m_ptr, m_tile_ptr, inv_n_ptr, dden_ptr, dC_ptr, dn_ptr,
     dk_ptr, sent_ptr, column_ptr,
-    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, dh_sb, dh_sh, dh_st, i_sb, i_sh, i_st, dk_sb, dk_sh, dk_st,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, dh_sb, dh_sh, dh_st, dk_sb, dk_sh, dk_st,
     H, T, TILES, CHUNKS, scale,
     D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr, WIDTH: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -39,12 +39,12 @@ def key_gradients_kernel(
     k_ptr += (head // H) * k_sb + (head % H) * k_sh
     v_ptr += (head // H) * v_sb + (head % H) * v_sh
     dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
-    i_ptr += (head // H) * i_sb + (head % H) * i_sh
     g_ptr += head * TILES
     m_tile_ptr += head * (TILES + 1)
     at_s = head * TILES * BT + s
     m_next = tl.load(m_tile_ptr + source + 1)
-    column = tl.exp(tl.load(r_ptr + at_s) - m_next)
+    i = tl.load(i_ptr + at_s)
+    column = tl.exp((i - m_next) + tl.load(r_ptr + at_s))
 
     # the state after the chunk
     acc = tl.zeros((BT, BK), tl.float32)
@@ -56,7 +56,7 @@ def key_gradients_kernel(
         dC = tl.load(dC_ptr + at_C, mask=in_k[:, None] & in_v[None, :], other=0.0)
         acc = dot(v.to(MMA), tl.trans(dC.to(MMA)), acc, PRECISION)
     acc += tl.load(dn_ptr + chunk * D_QK + dk, mask=in_k, other=0.0)[None, :]
-    acc *= tl.exp(sum_between(g_ptr, source + 1, end, WIDTH) + m_next - tl.load(m_tile_ptr + end))
+    acc *= tl.exp((m_next - tl.load(m_tile_ptr + end)) + sum_between(g_ptr, source + 1, end, WIDTH))
     k = tl.load(k_ptr + s[:, None] * k_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
     mass = tl.sum(k.to(tl.float32) * acc, 1) * column
     tl.store(sent_ptr + (block_k * heads + head) * TILES + source, tl.sum(mass, 0))
@@ -76,8 +76,8 @@ def key_gradients_kernel(
             dP = dot(v.to(MMA), tl.trans(dh.to(MMA)), dP, PRECISION)
         dP = dP * tl.load(inv_n_ptr + at_t)[None, :] + tl.load(dden_ptr + at_t)[None, :]
         m_i = tl.load(m_tile_ptr + tile)
-        row = tl.exp(tl.load(b_ptr + at_t) + m_i - tl.load(m_ptr + at_t))
-        step = tl.exp(sum_between(g_ptr, source + 1, tile, WIDTH) + m_next - m_i) * scale
+        row = tl.exp((m_i - tl.load(m_ptr + at_t)) + tl.load(b_ptr + at_t))
+        step = tl.exp((m_next - m_i) + sum_between(g_ptr, source + 1, tile, WIDTH)) * scale
         dP *= (row * step)[None, :]
         q = tl.load(q_ptr + t[:, None] * q_st + dk[None, :], mask=in_t[:, None] & in_k[None, :], other=0.0)
         acc = dot(cast(dP, MMA), q.to(MMA), acc, PRECISION)
@@ -93,7 +93,6 @@ def key_gradients_kernel(
         dh = tl.load(dh_ptr + s[:, None] * dh_st + dv[None, :], mask=in_v, other=0.0)
         dP = dot(v.to(MMA), tl.trans(dh.to(MMA)), dP, PRECISION)
     dP = dP * tl.load(inv_n_ptr + at_s)[None, :] + tl.load(dden_ptr + at_s)[None, :]
-    i = tl.load(i_ptr + s * i_st, mask=inside, other=float("-inf")).to(tl.float32)
     dP *= tl.trans(causal_weights(tl.load(b_ptr + at_s), i, tl.load(m_ptr + at_s), BT)) * scale
     q = tl.load(q_ptr + s[:, None] * q_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
     acc = dot(cast(dP, MMA), q.to(MMA), acc, PRECISION)

@@ -10,7 +10,7 @@ import triton.language as tl
 def output_gradients_kernel(
     h_ptr, dh_ptr, den_ptr, m_ptr, i_ptr,
     inv_n_ptr, dden_ptr, dm_ptr, flow_ptr, carried_ptr,
-    h_sb, h_sh, h_st, dh_sb, dh_sh, dh_st, i_sb, i_sh, i_st,
+    h_sb, h_sh, h_st, dh_sb, dh_sh, dh_st,
     H, T, TILES, eps,
     D_V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,6 @@ def output_gradients_kernel(
     tl.store(dden_ptr + head * TILES * BT + t, dden)
     tl.store(dm_ptr + head * TILES * BT + t, dm)
 
-    i = tl.load(i_ptr + (head // H) * i_sb + (head % H) * i_sh + t * i_st, mask=inside, other=float("-inf"))
-    fresh = (i.to(tl.float32) >= m).to(tl.int32)  # the maximum is this token's own input gate
+    fresh = (tl.load(i_ptr + head * TILES * BT + t) >= m).to(tl.int32)  # the maximum is this token's own input gate
     tl.store(flow_ptr + head * TILES + tile, tl.sum(tl.where(tl.cumsum(fresh, 0) == 0, dm, 0.0), 0))
     tl.store(carried_ptr + head * TILES + tile, (tl.sum(fresh, 0) == 0).to(tl.int32))

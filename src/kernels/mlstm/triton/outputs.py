@@ -13,7 +13,7 @@ from xlstm_scaling.kernels.triton_math import cast, dot
 def outputs_kernel(
     q_ptr, k_ptr, v_ptr, i_ptr, b_ptr, r_ptr, g_ptr, C_ptr, n_ptr, m_tile_ptr,
     h_ptr, den_ptr, m_ptr,
-    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, i_sb, i_sh, i_st, h_sb, h_sh, h_st,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, h_sb, h_sh, h_st,
     H, T, TILES, CHUNKS, scale, eps,
     D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr, WIDTH: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -36,7 +36,6 @@ def outputs_kernel(
     q_ptr += (head // H) * q_sb + (head % H) * q_sh
     k_ptr += (head // H) * k_sb + (head % H) * k_sh
     v_ptr += (head // H) * v_sb + (head % H) * v_sh
-    i_ptr += (head // H) * i_sb + (head % H) * i_sh
     g_ptr += head * TILES
     m_tile_ptr += head * (TILES + 1)
     m_i = tl.load(m_tile_ptr + tile)
@@ -53,7 +52,7 @@ def outputs_kernel(
         n = tl.load(n_ptr + chunk * D_QK + dk, mask=in_k, other=0.0)
         acc = dot(q.to(MMA), C.to(MMA), acc, PRECISION)
         den += tl.sum(q.to(tl.float32) * n[None, :], 1)
-    step = tl.exp(sum_between(g_ptr, start, tile, WIDTH) + tl.load(m_tile_ptr + start) - m_i) * scale
+    step = tl.exp((tl.load(m_tile_ptr + start) - m_i) + sum_between(g_ptr, start, tile, WIDTH)) * scale
     acc *= step
     den *= step
 
@@ -68,21 +67,21 @@ def outputs_kernel(
             k = tl.load(k_ptr + s[:, None] * k_st + dk[None, :], mask=in_k[None, :], other=0.0)
             scores = dot(q.to(MMA), tl.trans(k.to(MMA)), scores, PRECISION)
         m_next = tl.load(m_tile_ptr + source + 1)
-        r = tl.load(r_ptr + head * TILES * BT + s)
-        step = tl.exp(sum_between(g_ptr, source + 1, tile, WIDTH) + m_next - m_i) * scale
-        scores *= (tl.exp(r - m_next) * step)[None, :]
+        column = tl.load(i_ptr + head * TILES * BT + s) - m_next + tl.load(r_ptr + head * TILES * BT + s)
+        step = tl.exp((m_next - m_i) + sum_between(g_ptr, source + 1, tile, WIDTH)) * scale
+        scores *= (tl.exp(column) * step)[None, :]
         v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=in_v[None, :], other=0.0)
         acc = dot(cast(scores, MMA), v.to(MMA), acc, PRECISION)
         den += tl.sum(scores, 1)
 
     # the tile itself
     b = tl.load(b_ptr + head * TILES * BT + t)
-    i = tl.load(i_ptr + t * i_st, mask=inside, other=float("-inf")).to(tl.float32)
+    i = tl.load(i_ptr + head * TILES * BT + t)
     columns = tl.arange(0, BT)
-    exponent = b[:, None] - b[None, :] + i[None, :]
+    exponent = (b[:, None] - b[None, :]) + i[None, :]
     exponent = tl.where(columns[:, None] >= columns[None, :], exponent, float("-inf"))
     m = tl.maximum(b + m_i, tl.max(exponent, 1))
-    row = tl.exp(b + m_i - m)
+    row = tl.exp((m_i - m) + b)
     acc *= row[:, None]
     den *= row
     scores = tl.zeros((BT, BT), tl.float32)

@@ -13,7 +13,7 @@ from xlstm_scaling.kernels.triton_math import cast, dot
 def query_gradients_kernel(
     q_ptr, k_ptr, v_ptr, dh_ptr, i_ptr, b_ptr, r_ptr, g_ptr, m_ptr, m_tile_ptr, inv_n_ptr, dden_ptr, C_ptr, n_ptr,
     dq_ptr, received_ptr, row_ptr, column_ptr, crossing_ptr,
-    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, dh_sb, dh_sh, dh_st, i_sb, i_sh, i_st, dq_sb, dq_sh, dq_st,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, dh_sb, dh_sh, dh_st, dq_sb, dq_sh, dq_st,
     H, T, TILES, CHUNKS, scale,
     D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr, WIDTH: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,7 +40,6 @@ def query_gradients_kernel(
     k_ptr += (head // H) * k_sb + (head % H) * k_sh
     v_ptr += (head // H) * v_sb + (head % H) * v_sh
     dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
-    i_ptr += (head // H) * i_sb + (head % H) * i_sh
     g_ptr += head * TILES
     m_tile_ptr += head * (TILES + 1)
     received_ptr += ((block_k * heads + head) * TILES + tile) * NT
@@ -50,7 +49,7 @@ def query_gradients_kernel(
     m = tl.load(m_ptr + at_t)
     inv_n = tl.load(inv_n_ptr + at_t)
     dden = tl.load(dden_ptr + at_t)
-    row = tl.exp(b + m_i - m) * scale
+    row = tl.exp((m_i - m) + b) * scale
 
     # the state before the chunk
     acc = tl.zeros((BT, BK), tl.float32)
@@ -63,7 +62,7 @@ def query_gradients_kernel(
         acc = dot(dh.to(MMA), tl.trans(C.to(MMA)), acc, PRECISION)
     n = tl.load(n_ptr + chunk * D_QK + dk, mask=in_k, other=0.0)
     acc = acc * inv_n[:, None] + dden[:, None] * n[None, :]
-    acc *= tl.exp(sum_between(g_ptr, start, tile, WIDTH) + tl.load(m_tile_ptr + start) - m_i)
+    acc *= tl.exp((tl.load(m_tile_ptr + start) - m_i) + sum_between(g_ptr, start, tile, WIDTH))
     q = tl.load(q_ptr + t[:, None] * q_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
     mass = tl.sum(q.to(tl.float32) * acc, 1) * row
     tl.store(received_ptr, tl.sum(mass, 0))
@@ -80,9 +79,9 @@ def query_gradients_kernel(
             dP = dot(dh.to(MMA), tl.trans(v.to(MMA)), dP, PRECISION)
         dP = dP * inv_n[:, None] + dden[:, None]
         m_next = tl.load(m_tile_ptr + source + 1)
-        r = tl.load(r_ptr + head * TILES * BT + s)
-        step = tl.exp(sum_between(g_ptr, source + 1, tile, WIDTH) + m_next - m_i)
-        dP *= (tl.exp(r - m_next) * step)[None, :]
+        column = tl.load(i_ptr + head * TILES * BT + s) - m_next + tl.load(r_ptr + head * TILES * BT + s)
+        step = tl.exp((m_next - m_i) + sum_between(g_ptr, source + 1, tile, WIDTH))
+        dP *= (tl.exp(column) * step)[None, :]
         k = tl.load(k_ptr + s[:, None] * k_st + dk[None, :], mask=in_k[None, :], other=0.0)
         acc = dot(cast(dP, MMA), k.to(MMA), acc, PRECISION)
         mass = tl.sum(q.to(tl.float32) * acc, 1) * row
@@ -99,7 +98,7 @@ def query_gradients_kernel(
         dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=in_v, other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_st + dv[None, :], mask=in_v, other=0.0)
         dP = dot(dh.to(MMA), tl.trans(v.to(MMA)), dP, PRECISION)
-    i = tl.load(i_ptr + t * i_st, mask=inside, other=float("-inf")).to(tl.float32)
+    i = tl.load(i_ptr + at_t)
     dS = (dP * inv_n[:, None] + dden[:, None]) * causal_weights(b, i, m, BT) * scale
     k = tl.load(k_ptr + t[:, None] * k_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
     acc = dot(cast(dS, MMA), k.to(MMA), acc, PRECISION)

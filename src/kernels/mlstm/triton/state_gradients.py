@@ -58,8 +58,8 @@ def state_gradients_kernel(
         dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
         at_t = head * TILES * BT + t
         m = tl.load(m_tile_ptr + tile)
-        row = tl.exp(tl.load(b_ptr + at_t) + m - tl.load(m_ptr + at_t)) * scale
-        carry = tl.exp(tl.load(g_ptr + head * TILES + tile) + m - tl.load(m_tile_ptr + tile + 1))
+        row = tl.exp((m - tl.load(m_ptr + at_t)) + tl.load(b_ptr + at_t)) * scale
+        carry = tl.exp((m - tl.load(m_tile_ptr + tile + 1)) + tl.load(g_ptr + head * TILES + tile))
         q = q.to(tl.float32) * row[:, None]
         weighted = q * tl.load(inv_n_ptr + at_t)[:, None]  # [BT, BK]
         dC = dot(tl.trans(cast(weighted, MMA)), dh.to(MMA), dC * carry, PRECISION)

@@ -10,17 +10,17 @@ from xlstm_scaling.kernels.triton_math import cast, dot
 
 @triton.jit
 def states_kernel(
-    k_ptr, v_ptr, r_ptr, g_ptr, C0_ptr, n0_ptr, m0_ptr,
+    k_ptr, v_ptr, i_ptr, r_ptr, g_ptr, C0_ptr, n0_ptr, m0_ptr,
     C_ptr, n_ptr, m_ptr, C_last_ptr, n_last_ptr, m_last_ptr,
     k_sb, k_sh, k_st, v_sb, v_sh, v_st,
     H, T, TILES, CHUNKS,
     HAS_INITIAL: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """k, v, r, g -> C (B·H, CHUNKS, d_qk, d_v), n (B·H, CHUNKS, d_qk) before each chunk, m (B·H, TILES + 1) before each
+    """k, v, i, r, g -> C (B·H, CHUNKS, d_qk, d_v), n (B·H, CHUNKS, d_qk) before each chunk, m (B·H, TILES + 1) before each
     tile, and the last state.
 
-    C' = exp(g + m − m') C + Σ_s exp(r_s − m') k_s v_sᵀ with m' = max(g + m, max_s r_s). A program keeps a [BK, BV] block
+    C' = exp(g + m − m') C + Σ_s exp(i_s + r_s − m') k_s v_sᵀ with m' = max(g + m, max_s (i_s + r_s)). A program keeps a [BK, BV] block
     of C over all tokens.
     """
     blocks_k: tl.constexpr = tl.cdiv(D_QK, BK)
@@ -54,11 +54,12 @@ def states_kernel(
         t = t.to(tl.int64)
         k = tl.load(k_ptr + t[:, None] * k_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
+        i = tl.load(i_ptr + head * TILES * BT + t)
         r = tl.load(r_ptr + head * TILES * BT + t)
         g = tl.load(g_ptr + head * TILES + tile)
-        m_next = tl.maximum(g + m, tl.max(r, 0))
-        carry = tl.exp(g + m - m_next)
-        weighted = k.to(tl.float32) * tl.exp(r - m_next)[:, None]  # [BT, BK]
+        m_next = tl.maximum(g + m, tl.max(i + r, 0))
+        carry = tl.exp((m - m_next) + g)
+        weighted = k.to(tl.float32) * tl.exp((i - m_next) + r)[:, None]  # [BT, BK]
         C = dot(tl.trans(cast(weighted, MMA)), v.to(MMA), C * carry, PRECISION)
         n = n * carry + tl.sum(weighted, 0)
         m = m_next

@@ -13,7 +13,7 @@ from xlstm_scaling.kernels.triton_math import cast, dot
 def value_gradients_kernel(
     q_ptr, k_ptr, dh_ptr, i_ptr, b_ptr, r_ptr, g_ptr, m_ptr, m_tile_ptr, inv_n_ptr, dC_ptr,
     dv_ptr,
-    q_sb, q_sh, q_st, k_sb, k_sh, k_st, dh_sb, dh_sh, dh_st, i_sb, i_sh, i_st, dv_sb, dv_sh, dv_st,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, dh_sb, dh_sh, dh_st, dv_sb, dv_sh, dv_st,
     H, T, TILES, CHUNKS, scale,
     D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr, WIDTH: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -33,7 +33,6 @@ def value_gradients_kernel(
     q_ptr += (head // H) * q_sb + (head % H) * q_sh
     k_ptr += (head // H) * k_sb + (head % H) * k_sh
     dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
-    i_ptr += (head // H) * i_sb + (head % H) * i_sh
     g_ptr += head * TILES
     m_tile_ptr += head * (TILES + 1)
     at_s = head * TILES * BT + s
@@ -48,7 +47,7 @@ def value_gradients_kernel(
         at_C = chunk * D_QK * D_V + dk.to(tl.int64)[:, None] * D_V + dv[None, :]
         dC = tl.load(dC_ptr + at_C, mask=in_k[:, None] & in_v[None, :], other=0.0)
         acc = dot(k.to(MMA), dC.to(MMA), acc, PRECISION)
-    acc *= tl.exp(sum_between(g_ptr, source + 1, end, WIDTH) + m_next - tl.load(m_tile_ptr + end))
+    acc *= tl.exp((m_next - tl.load(m_tile_ptr + end)) + sum_between(g_ptr, source + 1, end, WIDTH))
 
     # the tiles after, in the chunk
     for tile in range(source + 1, end):
@@ -64,12 +63,13 @@ def value_gradients_kernel(
             q = tl.load(q_ptr + t[:, None] * q_st + dk[None, :], mask=in_t[:, None] & in_k[None, :], other=0.0)
             scores = dot(k.to(MMA), tl.trans(q.to(MMA)), scores, PRECISION)
         m_i = tl.load(m_tile_ptr + tile)
-        row = tl.exp(tl.load(b_ptr + at_t) + m_i - tl.load(m_ptr + at_t)) * tl.load(inv_n_ptr + at_t)
-        step = tl.exp(sum_between(g_ptr, source + 1, tile, WIDTH) + m_next - m_i) * scale
+        row = tl.exp((m_i - tl.load(m_ptr + at_t)) + tl.load(b_ptr + at_t)) * tl.load(inv_n_ptr + at_t)
+        step = tl.exp((m_next - m_i) + sum_between(g_ptr, source + 1, tile, WIDTH)) * scale
         scores *= (row * step)[None, :]
         dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0)
         acc = dot(cast(scores, MMA), dh.to(MMA), acc, PRECISION)
-    acc *= tl.exp(tl.load(r_ptr + at_s) - m_next)[:, None]
+    i = tl.load(i_ptr + at_s)
+    acc *= tl.exp((i - m_next) + tl.load(r_ptr + at_s))[:, None]
 
     # the tile itself
     scores = tl.zeros((BT, BT), tl.float32)
@@ -79,7 +79,6 @@ def value_gradients_kernel(
         k = tl.load(k_ptr + s[:, None] * k_st + dk[None, :], mask=in_k, other=0.0)
         q = tl.load(q_ptr + s[:, None] * q_st + dk[None, :], mask=in_k, other=0.0)
         scores = dot(k.to(MMA), tl.trans(q.to(MMA)), scores, PRECISION)
-    i = tl.load(i_ptr + s * i_st, mask=inside, other=float("-inf")).to(tl.float32)
     weights = tl.trans(causal_weights(tl.load(b_ptr + at_s), i, tl.load(m_ptr + at_s), BT))
     scores *= weights * (tl.load(inv_n_ptr + at_s) * scale)[None, :]
     dh = tl.load(dh_ptr + s[:, None] * dh_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
