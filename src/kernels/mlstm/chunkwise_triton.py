@@ -96,24 +96,37 @@ def _like_tokens(p: _Problem, d: int, like: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _defaults(kernel: str, p: _Problem) -> dict[str, int]:
-    """Tiles, warps and stages where the device's table has no entry."""
+    """Blocks, warps and stages where the device's table has no entry.
+
+    Chosen so that nothing spills and shared memory suffices on every target (``certify --compile``). ``keep``: the
+    widest operand that stays on the chip while a program multiplies it over and over (queries in ``outputs``, dh in
+    ``query_gradients``); wider ones run in ``slices``. ``widest``: the accumulator.
+    """
     width_k, width_v = (max(16, triton.next_power_of_2(d)) for d in (p.d_qk, p.d_v))
-    wide = p.dtype == torch.bfloat16
-    most = 128 if wide else 64
-    out_k, out_v = min(width_k, most), min(width_v, most)
-    slice_k, slice_v = min(width_k, 64 if wide else 32), min(width_v, 64 if wide else 32)
-    stages = 2 if current_target().shared_memory_bytes >= 160 * 1024 else 1
-    warps = 4
+    shared = current_target().shared_memory_bytes
+    if p.dtype != torch.bfloat16 or shared < 100 * 1024:
+        keep, widest, slices, state_v = 64, 64, 32, 64
+    elif shared < 200 * 1024:
+        keep, widest, slices, state_v = 128, 128, 64, 128
+    else:
+        keep, widest, slices, state_v = 256, 256, 64, 128
+    stages = 2 if shared >= 100 * 1024 else 1
+
+    def sizes(**blocks: int) -> dict[str, int]:
+        return {**blocks, "num_warps": 8 if max(blocks.values()) >= 128 else 4, "num_stages": stages}
+
+    state = sizes(BK=min(width_k, 64), BV=min(width_v, state_v))
+    over_k = sizes(BK=width_k if width_k <= keep else slices, BC=min(width_k, slices), BV=min(width_v, widest))
+    over_v = sizes(BK=min(width_k, widest), BV=width_v if width_v <= keep else slices, BC=min(width_v, slices))
     return {
-        "mlstm_states": {"BK": min(width_k, 64), "BV": min(width_v, most), "num_warps": warps, "num_stages": stages},
-        "mlstm_outputs": {"BK": slice_k, "BV": out_v, "num_warps": warps, "num_stages": stages},
+        "mlstm_states": state,
+        "mlstm_outputs": over_k,
         "mlstm_output_gradients": {"BV": min(width_v, 128), "num_warps": 4, "num_stages": 1},
-        "mlstm_state_gradients": {"BK": min(width_k, 64), "BV": min(width_v, most), "num_warps": warps,
-                                  "num_stages": stages},
-        "mlstm_query_gradients": {"BK": out_k, "BV": slice_v, "num_warps": warps, "num_stages": stages},
-        "mlstm_key_gradients": {"BK": out_k, "BV": slice_v, "num_warps": warps, "num_stages": stages},
-        "mlstm_value_gradients": {"BK": slice_k, "BV": out_v, "num_warps": warps, "num_stages": stages},
-    }[kernel]  # fmt: skip
+        "mlstm_state_gradients": state,
+        "mlstm_query_gradients": over_v,
+        "mlstm_key_gradients": over_v,
+        "mlstm_value_gradients": over_k,
+    }[kernel]
 
 
 def _tile_sizes(q: Tensor, v: Tensor, chunk_size: int | None) -> tuple[int, int]:

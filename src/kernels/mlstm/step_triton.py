@@ -23,6 +23,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def _log1p(x):  # noqa: ANN001, ANN202
+    """log(1 + x) to fp32's digits also for tiny x, as of a forget gate that is all but open."""
+    rounded = 1.0 + x
+    return tl.log(rounded) + (x - (rounded - 1.0)) / rounded
+
+
+@triton.jit
 def mlstm_step_kernel(  # noqa: ANN201
     q,  # noqa: ANN001
     k,  # noqa: ANN001
@@ -71,7 +78,7 @@ def mlstm_step_kernel(  # noqa: ANN201
 
     gate_i = tl.load(i + b * stride_i_b + h_of_b * stride_i_h).to(tl.float32)
     gate_f = tl.load(f + b * stride_f_b + h_of_b * stride_f_h).to(tl.float32)
-    log_f = tl.minimum(gate_f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(gate_f)))
+    log_f = tl.minimum(gate_f, 0.0) - _log1p(tl.exp(-tl.abs(gate_f)))
     kept = log_f + tl.load(m + head)
     largest = tl.maximum(kept, gate_i)
     forget = tl.exp(kept - largest)
@@ -101,23 +108,27 @@ def mlstm_step_kernel(  # noqa: ANN201
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> None:
-    named = {"q": q, "k": k, "v": v, "i": i, "f": f, **state._asdict()}
-    B, H, d_qk, d_v = (*q.shape, v.shape[-1]) if q.dim() == 3 and v.dim() == 3 else (0, 0, 0, 0)
-    key, gate = (B, H, d_qk), (B, H)
-    expected = {"q": key, "k": key, "v": (B, H, d_v), "i": gate, "f": gate, "C": (*key, d_v), "n": key, "m": gate}
-    shapes = {name: tuple(x.shape) for name, x in named.items()}
-    if shapes != expected or 0 in (*key, d_v):
+    tensors = (q, k, v, i, f, *state)
+    C, n, m = state
+    if (
+        (q.dim(), v.dim()) != (3, 3)
+        or 0 in (*q.shape, v.shape[2])
+        or not q.shape == k.shape == n.shape
+        or not q.shape[:2] == v.shape[:2] == i.shape == f.shape == m.shape
+        or C.shape != (*q.shape, v.shape[2])
+    ):
+        shapes = {name: tuple(x.shape) for name, x in zip("qkvifCnm", tensors)}
         raise ValueError(f"mLSTM shapes do not match: {shapes}; expected q, k (B, H, d_qk), v (B, H, d_v), i, f (B, H) "
-                         "and a state C (B, H, d_qk, d_v), n (B, H, d_qk), m (B, H)")  # fmt: skip
-    if q.dtype not in DTYPES or any(x.dtype != torch.float32 for x in state):
-        dtypes = {name: x.dtype for name, x in named.items()}
-        raise ValueError(f"the mLSTM step takes fp32, bf16 or fp16 inputs and a state in fp32, got {dtypes}")
-    if not state.C.is_contiguous():
-        raise ValueError(f"C is updated in place and must be contiguous, got strides {state.C.stride()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in named.values()):
+                         "and a state C (B, H, d_qk, d_v), n (B, H, d_qk), m (B, H), none empty")  # fmt: skip
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES or any(x.dtype != torch.float32 for x in state):
+        dtypes = {name: x.dtype for name, x in zip("qkvifCnm", tensors)}
+        raise ValueError(f"the mLSTM step takes q, k, v in fp32, bf16 or fp16 and a state in fp32, got {dtypes}")
+    if not C.is_contiguous():
+        raise ValueError(f"C is updated in place and must be contiguous, got strides {C.stride()}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError("the mLSTM step on GPUs has no gradient: decode under torch.no_grad(), or use the form "
                            "'chunkwise' of backend 'triton' (backend 'torch' has a step with gradients)")  # fmt: skip
-    check_device(*named.values())
+    check_device(*tensors)
 
 
 @register("mlstm", form="step", backend="triton")

@@ -16,6 +16,42 @@ def log_sigmoid(x):  # noqa: ANN001, ANN201
 
 
 @triton.jit
+def load_tile(ptr, tile, stride, first, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):  # noqa: ANN001, ANN201
+    """[BT, BD]: tokens of a tile, channels from ``first``, of rows (T, D) at ``ptr``; zeros beyond T and D.
+
+    A 64-bit base and 32-bit offsets: registers are short.
+    """
+    rows, d = tl.arange(0, BT), first + tl.arange(0, BD)
+    base = ptr + tl.cast(tile, tl.int64) * BT * stride
+    mask = (tile * BT + rows < T)[:, None]
+    if D % BD != 0:
+        mask = mask & (d < D)[None, :]
+    return tl.load(base + rows[:, None] * stride + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, x, tile, stride, first, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):  # noqa: ANN001, ANN201
+    """The reverse of ``load_tile``; x already has the dtype of ``ptr``."""
+    rows, d = tl.arange(0, BT), first + tl.arange(0, BD)
+    base = ptr + tl.cast(tile, tl.int64) * BT * stride
+    tl.store(base + rows[:, None] * stride + d[None, :], x, mask=(tile * BT + rows < T)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def load_state(ptr, first_k, first_v, D_QK: tl.constexpr, D_V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # noqa: ANN001, ANN201
+    """A [BK, BV] block of a matrix (d_qk, d_v) at ``ptr``, zeros beyond."""
+    dk, dv = first_k + tl.arange(0, BK)[:, None], first_v + tl.arange(0, BV)[None, :]
+    return tl.load(ptr + dk * D_V + dv, mask=(dk < D_QK) & (dv < D_V), other=0.0)
+
+
+@triton.jit
+def store_state(ptr, x, first_k, first_v, D_QK: tl.constexpr, D_V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # noqa: ANN001, ANN201
+    """The reverse of ``load_state``; x already has the dtype of ``ptr``."""
+    dk, dv = first_k + tl.arange(0, BK)[:, None], first_v + tl.arange(0, BV)[None, :]
+    tl.store(ptr + dk * D_V + dv, x, mask=(dk < D_QK) & (dv < D_V))
+
+
+@triton.jit
 def sum_between(g_ptr, first, last, WIDTH: tl.constexpr):  # noqa: ANN001, ANN201
     """Σ g_l over tiles first ≤ l < last, at most WIDTH of them."""
     index = first + tl.arange(0, WIDTH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_scaling.kernels.mlstm.triton.common import causal_weights, sum_between
+from xlstm_scaling.kernels.mlstm.triton.common import causal_weights, load_state, load_tile, store_tile, sum_between
 from xlstm_scaling.kernels.triton_math import cast, dot
 
 
@@ -16,7 +16,8 @@ def key_gradients_kernel(
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, dh_sb, dh_sh, dh_st, dk_sb, dk_sh, dk_st,
     H, T, TILES, CHUNKS, scale,
     D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr, WIDTH: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+    MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk (B, H, T, d_qk) and, with G_ts the gradient of the log weight of source s in output t:
 
@@ -30,72 +31,74 @@ def key_gradients_kernel(
     heads = (tl.num_programs(0) // (blocks_k * TILES)).to(tl.int64)
     chunk = head * CHUNKS + source // NT
     end = tl.minimum((source // NT + 1) * NT, TILES)  # behind the last tile of the chunk
-    s = source * BT + tl.arange(0, BT)
-    inside = s < T
-    s = s.to(tl.int64)
-    dk = block_k * BK + tl.arange(0, BK)
-    in_k = dk < D_QK
+    first_k = block_k * BK
+    rows, dk = tl.arange(0, BT), first_k + tl.arange(0, BK)
     q_ptr += (head // H) * q_sb + (head % H) * q_sh
     k_ptr += (head // H) * k_sb + (head % H) * k_sh
     v_ptr += (head // H) * v_sb + (head % H) * v_sh
     dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
+    b_ptr += head * TILES * BT
+    m_ptr += head * TILES * BT
+    inv_n_ptr += head * TILES * BT
+    dden_ptr += head * TILES * BT
     g_ptr += head * TILES
     m_tile_ptr += head * (TILES + 1)
-    at_s = head * TILES * BT + s
+    own = source * BT + rows
+    at_s = head * TILES * BT + own
     m_next = tl.load(m_tile_ptr + source + 1)
     i = tl.load(i_ptr + at_s)
     column = tl.exp((i - m_next) + tl.load(r_ptr + at_s))
 
     # the state after the chunk
     acc = tl.zeros((BT, BK), tl.float32)
-    for start_v in tl.static_range(0, D_V, BV):
-        dv = start_v + tl.arange(0, BV)
-        in_v = dv < D_V
-        v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
-        at_C = chunk * D_QK * D_V + dk.to(tl.int64)[:, None] * D_V + dv[None, :]
-        dC = tl.load(dC_ptr + at_C, mask=in_k[:, None] & in_v[None, :], other=0.0)
+    for first_v in range(0, D_V, BC):
+        v = load_tile(v_ptr, source, v_st, first_v, T, D_V, BT, BC)
+        dC = load_state(dC_ptr + chunk * D_QK * D_V, first_k, first_v, D_QK, D_V, BK, BC)
         acc = dot(v.to(MMA), tl.trans(dC.to(MMA)), acc, PRECISION)
-    acc += tl.load(dn_ptr + chunk * D_QK + dk, mask=in_k, other=0.0)[None, :]
+    acc += tl.load(dn_ptr + chunk * D_QK + dk, mask=dk < D_QK, other=0.0)[None, :]
     acc *= tl.exp((m_next - tl.load(m_tile_ptr + end)) + sum_between(g_ptr, source + 1, end, WIDTH))
-    k = tl.load(k_ptr + s[:, None] * k_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    k = load_tile(k_ptr, source, k_st, first_k, T, D_QK, BT, BK)
     mass = tl.sum(k.to(tl.float32) * acc, 1) * column
     tl.store(sent_ptr + (block_k * heads + head) * TILES + source, tl.sum(mass, 0))
 
     # the tiles after, in the chunk
+    if D_V <= BV:
+        v_all = load_tile(v_ptr, source, v_st, 0, T, D_V, BT, BV).to(MMA)
     for tile in range(source + 1, end):
-        t = tile * BT + tl.arange(0, BT)
-        in_t = t < T
-        t = t.to(tl.int64)
-        at_t = head * TILES * BT + t
         dP = tl.zeros((BT, BT), tl.float32)  # rows s, columns t
-        for start_v in tl.static_range(0, D_V, BV):
-            dv = start_v + tl.arange(0, BV)
-            in_v = dv < D_V
-            v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=in_v[None, :], other=0.0)
-            dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0)
-            dP = dot(v.to(MMA), tl.trans(dh.to(MMA)), dP, PRECISION)
+        if D_V <= BV:
+            dh = load_tile(dh_ptr, tile, dh_st, 0, T, D_V, BT, BV)
+            dP = dot(v_all, tl.trans(dh.to(MMA)), dP, PRECISION)
+        else:
+            for slice_v in range(0, D_V, BV):
+                v = load_tile(v_ptr, source, v_st, slice_v, T, D_V, BT, BV)
+                dh = load_tile(dh_ptr, tile, dh_st, slice_v, T, D_V, BT, BV)
+                dP = dot(v.to(MMA), tl.trans(dh.to(MMA)), dP, PRECISION)
+        at_t = tile * BT + rows
         dP = dP * tl.load(inv_n_ptr + at_t)[None, :] + tl.load(dden_ptr + at_t)[None, :]
         m_i = tl.load(m_tile_ptr + tile)
         row = tl.exp((m_i - tl.load(m_ptr + at_t)) + tl.load(b_ptr + at_t))
         step = tl.exp((m_next - m_i) + sum_between(g_ptr, source + 1, tile, WIDTH)) * scale
         dP *= (row * step)[None, :]
-        q = tl.load(q_ptr + t[:, None] * q_st + dk[None, :], mask=in_t[:, None] & in_k[None, :], other=0.0)
+        q = load_tile(q_ptr, tile, q_st, first_k, T, D_QK, BT, BK)
         acc = dot(cast(dP, MMA), q.to(MMA), acc, PRECISION)
+    k = load_tile(k_ptr, source, k_st, first_k, T, D_QK, BT, BK)  # again: registers are short
     tl.store(column_ptr + block_k * heads * TILES * BT + at_s, tl.sum(k.to(tl.float32) * acc, 1) * column)
     acc *= column[:, None]
 
     # the tile itself
     dP = tl.zeros((BT, BT), tl.float32)
-    for start_v in tl.static_range(0, D_V, BV):
-        dv = start_v + tl.arange(0, BV)
-        in_v = inside[:, None] & (dv < D_V)[None, :]
-        v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=in_v, other=0.0)
-        dh = tl.load(dh_ptr + s[:, None] * dh_st + dv[None, :], mask=in_v, other=0.0)
-        dP = dot(v.to(MMA), tl.trans(dh.to(MMA)), dP, PRECISION)
-    dP = dP * tl.load(inv_n_ptr + at_s)[None, :] + tl.load(dden_ptr + at_s)[None, :]
-    dP *= tl.trans(causal_weights(tl.load(b_ptr + at_s), i, tl.load(m_ptr + at_s), BT)) * scale
-    q = tl.load(q_ptr + s[:, None] * q_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    if D_V <= BV:
+        dh = load_tile(dh_ptr, source, dh_st, 0, T, D_V, BT, BV)
+        dP = dot(v_all, tl.trans(dh.to(MMA)), dP, PRECISION)
+    else:
+        for slice_v in range(0, D_V, BV):
+            v = load_tile(v_ptr, source, v_st, slice_v, T, D_V, BT, BV)
+            dh = load_tile(dh_ptr, source, dh_st, slice_v, T, D_V, BT, BV)
+            dP = dot(v.to(MMA), tl.trans(dh.to(MMA)), dP, PRECISION)
+    dP = dP * tl.load(inv_n_ptr + own)[None, :] + tl.load(dden_ptr + own)[None, :]
+    dP *= tl.trans(causal_weights(tl.load(b_ptr + own), i, tl.load(m_ptr + own), BT)) * scale
+    q = load_tile(q_ptr, source, q_st, first_k, T, D_QK, BT, BK)
     acc = dot(cast(dP, MMA), q.to(MMA), acc, PRECISION)
     dk_ptr += (head // H) * dk_sb + (head % H) * dk_sh
-    tl.store(dk_ptr + s[:, None] * dk_st + dk[None, :], cast(acc, dk_ptr.dtype.element_ty),
-             mask=inside[:, None] & in_k[None, :])  # fmt: skip
+    store_tile(dk_ptr, cast(acc, dk_ptr.dtype.element_ty), source, dk_st, first_k, T, D_QK, BT, BK)

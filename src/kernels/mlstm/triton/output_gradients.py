@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from xlstm_scaling.kernels.mlstm.triton.common import load_tile
 
 @triton.jit
 def output_gradients_kernel(
@@ -22,29 +23,24 @@ def output_gradients_kernel(
     """
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES).to(tl.int64)
-    t = tile * BT + tl.arange(0, BT)
-    inside = t < T
-    t = t.to(tl.int64)
     h_ptr += (head // H) * h_sb + (head % H) * h_sh
     dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
     delta = tl.zeros((BT,), tl.float32)
-    for start_v in tl.static_range(0, D_V, BV):
-        dv = start_v + tl.arange(0, BV)
-        valid = inside[:, None] & (dv < D_V)[None, :]
-        h = tl.load(h_ptr + t[:, None] * h_st + dv[None, :], mask=valid, other=0.0).to(tl.float32)
-        dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=valid, other=0.0).to(tl.float32)
-        delta += tl.sum(h * dh, 1)
-    den = tl.load(den_ptr + head * TILES * BT + t)
-    m = tl.load(m_ptr + head * TILES * BT + t)
+    for slice_v in range(0, D_V, BV):
+        h = load_tile(h_ptr, tile, h_st, slice_v, T, D_V, BT, BV).to(tl.float32)
+        delta += tl.sum(h * load_tile(dh_ptr, tile, dh_st, slice_v, T, D_V, BT, BV).to(tl.float32), 1)
+    at_t = head * TILES * BT + tile * BT + tl.arange(0, BT)
+    den = tl.load(den_ptr + at_t)
+    m = tl.load(m_ptr + at_t)
     floor = tl.exp(-m)
     inv_n = 1.0 / (tl.maximum(tl.abs(den), floor) + eps)
     share = -delta * inv_n
     dden = tl.where(tl.abs(den) > floor, tl.where(den > 0, share, -share), 0.0)
     dm = share * eps
-    tl.store(inv_n_ptr + head * TILES * BT + t, inv_n)
-    tl.store(dden_ptr + head * TILES * BT + t, dden)
-    tl.store(dm_ptr + head * TILES * BT + t, dm)
+    tl.store(inv_n_ptr + at_t, inv_n)
+    tl.store(dden_ptr + at_t, dden)
+    tl.store(dm_ptr + at_t, dm)
 
-    fresh = (tl.load(i_ptr + head * TILES * BT + t) >= m).to(tl.int32)  # the maximum is this token's own input gate
+    fresh = (tl.load(i_ptr + at_t) >= m).to(tl.int32)  # the maximum is this token's own input gate
     tl.store(flow_ptr + head * TILES + tile, tl.sum(tl.where(tl.cumsum(fresh, 0) == 0, dm, 0.0), 0))
     tl.store(carried_ptr + head * TILES + tile, (tl.sum(fresh, 0) == 0).to(tl.int32))

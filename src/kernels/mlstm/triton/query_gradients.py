@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_scaling.kernels.mlstm.triton.common import causal_weights, sum_between
+from xlstm_scaling.kernels.mlstm.triton.common import causal_weights, load_state, load_tile, store_tile, sum_between
 from xlstm_scaling.kernels.triton_math import cast, dot
 
 
@@ -16,7 +16,8 @@ def query_gradients_kernel(
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, dh_sb, dh_sh, dh_st, dq_sb, dq_sh, dq_st,
     H, T, TILES, CHUNKS, scale,
     D_QK: tl.constexpr, D_V: tl.constexpr, NT: tl.constexpr, WIDTH: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+    MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq (B, H, T, d_qk) and, with G_ts the gradient of the log weight of source s in output t:
 
@@ -31,19 +32,18 @@ def query_gradients_kernel(
     heads = (tl.num_programs(0) // (blocks_k * TILES)).to(tl.int64)
     start = (tile // NT) * NT
     chunk = head * CHUNKS + tile // NT
-    t = tile * BT + tl.arange(0, BT)
-    inside = t < T
-    t = t.to(tl.int64)
-    dk = block_k * BK + tl.arange(0, BK)
-    in_k = dk < D_QK
+    first_k = block_k * BK
+    rows, dk = tl.arange(0, BT), first_k + tl.arange(0, BK)
     q_ptr += (head // H) * q_sb + (head % H) * q_sh
     k_ptr += (head // H) * k_sb + (head % H) * k_sh
     v_ptr += (head // H) * v_sb + (head % H) * v_sh
     dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
+    i_ptr += head * TILES * BT
+    r_ptr += head * TILES * BT
     g_ptr += head * TILES
     m_tile_ptr += head * (TILES + 1)
     received_ptr += ((block_k * heads + head) * TILES + tile) * NT
-    at_t = head * TILES * BT + t
+    at_t = head * TILES * BT + tile * BT + rows
     m_i = tl.load(m_tile_ptr + tile)
     b = tl.load(b_ptr + at_t)
     m = tl.load(m_ptr + at_t)
@@ -53,69 +53,66 @@ def query_gradients_kernel(
 
     # the state before the chunk
     acc = tl.zeros((BT, BK), tl.float32)
-    for start_v in tl.static_range(0, D_V, BV):
-        dv = start_v + tl.arange(0, BV)
-        in_v = dv < D_V
-        dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
-        at_C = chunk * D_QK * D_V + dk.to(tl.int64)[:, None] * D_V + dv[None, :]
-        C = tl.load(C_ptr + at_C, mask=in_k[:, None] & in_v[None, :], other=0.0)
+    for first_v in range(0, D_V, BC):
+        dh = load_tile(dh_ptr, tile, dh_st, first_v, T, D_V, BT, BC)
+        C = load_state(C_ptr + chunk * D_QK * D_V, first_k, first_v, D_QK, D_V, BK, BC)
         acc = dot(dh.to(MMA), tl.trans(C.to(MMA)), acc, PRECISION)
-    n = tl.load(n_ptr + chunk * D_QK + dk, mask=in_k, other=0.0)
+    n = tl.load(n_ptr + chunk * D_QK + dk, mask=dk < D_QK, other=0.0)
     acc = acc * inv_n[:, None] + dden[:, None] * n[None, :]
     acc *= tl.exp((tl.load(m_tile_ptr + start) - m_i) + sum_between(g_ptr, start, tile, WIDTH))
-    q = tl.load(q_ptr + t[:, None] * q_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    q = load_tile(q_ptr, tile, q_st, first_k, T, D_QK, BT, BK)
     mass = tl.sum(q.to(tl.float32) * acc, 1) * row
     tl.store(received_ptr, tl.sum(mass, 0))
 
     # the tiles before, in the chunk, oldest first
+    if D_V <= BV:
+        dh_all = load_tile(dh_ptr, tile, dh_st, 0, T, D_V, BT, BV).to(MMA)
     for source in range(start, tile):
-        s = source * BT + tl.arange(0, BT).to(tl.int64)  # all inside
         dP = tl.zeros((BT, BT), tl.float32)
-        for start_v in tl.static_range(0, D_V, BV):
-            dv = start_v + tl.arange(0, BV)
-            in_v = dv < D_V
-            dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
-            v = tl.load(v_ptr + s[:, None] * v_st + dv[None, :], mask=in_v[None, :], other=0.0)
-            dP = dot(dh.to(MMA), tl.trans(v.to(MMA)), dP, PRECISION)
-        dP = dP * inv_n[:, None] + dden[:, None]
+        if D_V <= BV:
+            v = load_tile(v_ptr, source, v_st, 0, T, D_V, BT, BV)
+            dP = dot(dh_all, tl.trans(v.to(MMA)), dP, PRECISION)
+        else:
+            for slice_v in range(0, D_V, BV):
+                dh = load_tile(dh_ptr, tile, dh_st, slice_v, T, D_V, BT, BV)
+                v = load_tile(v_ptr, source, v_st, slice_v, T, D_V, BT, BV)
+                dP = dot(dh.to(MMA), tl.trans(v.to(MMA)), dP, PRECISION)
         m_next = tl.load(m_tile_ptr + source + 1)
-        column = tl.load(i_ptr + head * TILES * BT + s) - m_next + tl.load(r_ptr + head * TILES * BT + s)
+        column = (tl.load(i_ptr + source * BT + rows) - m_next) + tl.load(r_ptr + source * BT + rows)
         step = tl.exp((m_next - m_i) + sum_between(g_ptr, source + 1, tile, WIDTH))
-        dP *= (tl.exp(column) * step)[None, :]
-        k = tl.load(k_ptr + s[:, None] * k_st + dk[None, :], mask=in_k[None, :], other=0.0)
+        dP = (dP * inv_n[:, None] + dden[:, None]) * (tl.exp(column) * step)[None, :]
+        k = load_tile(k_ptr, source, k_st, first_k, T, D_QK, BT, BK)
         acc = dot(cast(dP, MMA), k.to(MMA), acc, PRECISION)
+        q = load_tile(q_ptr, tile, q_st, first_k, T, D_QK, BT, BK)  # again: registers are short
         mass = tl.sum(q.to(tl.float32) * acc, 1) * row
-        within = source + 1 - start < NT
-        tl.store(received_ptr + source + 1 - start, tl.sum(mass, 0), mask=within)
+        tl.store(received_ptr + source + 1 - start, tl.sum(mass, 0), mask=source + 1 - start < NT)
     tl.store(row_ptr + block_k * heads * TILES * BT + at_t, mass)
     acc *= row[:, None]
 
     # the tile itself
     dP = tl.zeros((BT, BT), tl.float32)
-    for start_v in tl.static_range(0, D_V, BV):
-        dv = start_v + tl.arange(0, BV)
-        in_v = inside[:, None] & (dv < D_V)[None, :]
-        dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=in_v, other=0.0)
-        v = tl.load(v_ptr + t[:, None] * v_st + dv[None, :], mask=in_v, other=0.0)
-        dP = dot(dh.to(MMA), tl.trans(v.to(MMA)), dP, PRECISION)
-    i = tl.load(i_ptr + at_t)
+    if D_V <= BV:
+        v = load_tile(v_ptr, tile, v_st, 0, T, D_V, BT, BV)
+        dP = dot(dh_all, tl.trans(v.to(MMA)), dP, PRECISION)
+    else:
+        for slice_v in range(0, D_V, BV):
+            dh = load_tile(dh_ptr, tile, dh_st, slice_v, T, D_V, BT, BV)
+            v = load_tile(v_ptr, tile, v_st, slice_v, T, D_V, BT, BV)
+            dP = dot(dh.to(MMA), tl.trans(v.to(MMA)), dP, PRECISION)
+    i = tl.load(i_ptr + tile * BT + rows)
     dS = (dP * inv_n[:, None] + dden[:, None]) * causal_weights(b, i, m, BT) * scale
-    k = tl.load(k_ptr + t[:, None] * k_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
+    k = load_tile(k_ptr, tile, k_st, first_k, T, D_QK, BT, BK)
     acc = dot(cast(dS, MMA), k.to(MMA), acc, PRECISION)
     dq_ptr += (head // H) * dq_sb + (head % H) * dq_sh
-    tl.store(dq_ptr + t[:, None] * dq_st + dk[None, :], cast(acc, dq_ptr.dtype.element_ty),
-             mask=inside[:, None] & in_k[None, :])  # fmt: skip
+    store_tile(dq_ptr, cast(acc, dq_ptr.dtype.element_ty), tile, dq_st, first_k, T, D_QK, BT, BK)
     if block_k == 0:
         scores = tl.zeros((BT, BT), tl.float32)
-        for start_k in tl.static_range(0, D_QK, BK):
-            d = start_k + tl.arange(0, BK)
-            in_d = inside[:, None] & (d < D_QK)[None, :]
-            q = tl.load(q_ptr + t[:, None] * q_st + d[None, :], mask=in_d, other=0.0)
-            k = tl.load(k_ptr + t[:, None] * k_st + d[None, :], mask=in_d, other=0.0)
+        for first_d in tl.static_range(0, D_QK, BK):
+            q = load_tile(q_ptr, tile, q_st, first_d, T, D_QK, BT, BK)
+            k = load_tile(k_ptr, tile, k_st, first_d, T, D_QK, BT, BK)
             scores = dot(q.to(MMA), tl.trans(k.to(MMA)), scores, PRECISION)
         G = scores * dS
         tl.store(column_ptr + at_t, tl.sum(G, 0))
         before = tl.cumsum(G, 1)  # Σ_{r ≤ s} G_tr
-        columns = tl.arange(0, BT)
-        before = tl.where(columns[:, None] > columns[None, :], before, 0.0)
+        before = tl.where(rows[:, None] > rows[None, :], before, 0.0)
         tl.store(crossing_ptr + at_t, tl.sum(before, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from xlstm_scaling.kernels.mlstm.triton.common import load_state, load_tile, store_state
 from xlstm_scaling.kernels.triton_math import cast, dot
 
 
@@ -29,40 +30,41 @@ def state_gradients_kernel(
     head = (pid // (blocks_v * blocks_k)).to(tl.int64)
     heads = tl.num_programs(0) // (blocks_v * blocks_k)
     passing_ptr += ((block_k * blocks_v + block_v) * heads.to(tl.int64) + head) * CHUNKS
-    dk, dv = block_k * BK + tl.arange(0, BK), block_v * BV + tl.arange(0, BV)
-    in_k, in_v = dk < D_QK, dv < D_V
-    in_C = in_k[:, None] & in_v[None, :]
-    at_C = dk.to(tl.int64)[:, None] * D_V + dv[None, :]
+    first_k, first_v = block_k * BK, block_v * BV
+    dk, rows = first_k + tl.arange(0, BK), tl.arange(0, BT)
+    own_n = (dk < D_QK) & (block_v == 0)
     q_ptr += (head // H) * q_sb + (head % H) * q_sh
     dh_ptr += (head // H) * dh_sb + (head % H) * dh_sh
+    b_ptr += head * TILES * BT
+    m_ptr += head * TILES * BT
+    inv_n_ptr += head * TILES * BT
+    dden_ptr += head * TILES * BT
+    g_ptr += head * TILES
     m_tile_ptr += head * (TILES + 1)
 
     dC = tl.zeros((BK, BV), tl.float32)
     dn = tl.zeros((BK,), tl.float32)
     if HAS_LAST:
-        dC = tl.load(dC_last_ptr + head * D_QK * D_V + at_C, mask=in_C, other=0.0)
-        dn = tl.load(dn_last_ptr + head * D_QK + dk, mask=in_k, other=0.0)
+        dC = load_state(dC_last_ptr + head * D_QK * D_V, first_k, first_v, D_QK, D_V, BK, BV)
+        dn = tl.load(dn_last_ptr + head * D_QK + dk, mask=dk < D_QK, other=0.0)
     for back in range(0, TILES):
         tile = TILES - 1 - back
         if (tile == TILES - 1) | (tile % NT == NT - 1):
             chunk = head * CHUNKS + tile // NT
-            tl.store(dC_ptr + chunk * D_QK * D_V + at_C, cast(dC, dC_ptr.dtype.element_ty), mask=in_C)
-            tl.store(dn_ptr + chunk * D_QK + dk, dn, mask=in_k & (block_v == 0))
-            C = tl.load(C_ptr + chunk * D_QK * D_V + at_C, mask=in_C, other=0.0).to(tl.float32)
-            n = tl.load(n_ptr + chunk * D_QK + dk, mask=in_k & (block_v == 0), other=0.0)
-            tl.store(passing_ptr + tile // NT, tl.sum(tl.sum(C * dC, 1) + n * dn, 0))
-        t = tile * BT + tl.arange(0, BT)
-        inside = t < T
-        t = t.to(tl.int64)
-        q = tl.load(q_ptr + t[:, None] * q_st + dk[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
-        dh = tl.load(dh_ptr + t[:, None] * dh_st + dv[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
-        at_t = head * TILES * BT + t
+            dC_out = cast(dC, dC_ptr.dtype.element_ty)
+            store_state(dC_ptr + chunk * D_QK * D_V, dC_out, first_k, first_v, D_QK, D_V, BK, BV)
+            tl.store(dn_ptr + chunk * D_QK + dk, dn, mask=own_n)
+            C = load_state(C_ptr + chunk * D_QK * D_V, first_k, first_v, D_QK, D_V, BK, BV)
+            n = tl.load(n_ptr + chunk * D_QK + dk, mask=own_n, other=0.0)
+            tl.store(passing_ptr + tile // NT, tl.sum(tl.sum(C.to(tl.float32) * dC, 1) + n * dn, 0))
+        q = load_tile(q_ptr, tile, q_st, first_k, T, D_QK, BT, BK)
+        dh = load_tile(dh_ptr, tile, dh_st, first_v, T, D_V, BT, BV)
+        at_t = tile * BT + rows
         m = tl.load(m_tile_ptr + tile)
         row = tl.exp((m - tl.load(m_ptr + at_t)) + tl.load(b_ptr + at_t)) * scale
-        carry = tl.exp((m - tl.load(m_tile_ptr + tile + 1)) + tl.load(g_ptr + head * TILES + tile))
-        q = q.to(tl.float32) * row[:, None]
-        weighted = q * tl.load(inv_n_ptr + at_t)[:, None]  # [BT, BK]
+        carry = tl.exp((m - tl.load(m_tile_ptr + tile + 1)) + tl.load(g_ptr + tile))
+        weighted = q.to(tl.float32) * (row * tl.load(inv_n_ptr + at_t))[:, None]  # [BT, BK]
         dC = dot(tl.trans(cast(weighted, MMA)), dh.to(MMA), dC * carry, PRECISION)
-        dn = dn * carry + tl.sum(q * tl.load(dden_ptr + at_t)[:, None], 0)
-    tl.store(dC0_ptr + head * D_QK * D_V + at_C, dC, mask=in_C)
-    tl.store(dn0_ptr + head * D_QK + dk, dn, mask=in_k & (block_v == 0))
+        dn = dn * carry + tl.sum(q.to(tl.float32) * (row * tl.load(dden_ptr + at_t))[:, None], 0)
+    store_state(dC0_ptr + head * D_QK * D_V, dC, first_k, first_v, D_QK, D_V, BK, BV)
+    tl.store(dn0_ptr + head * D_QK + dk, dn, mask=own_n)
