@@ -58,8 +58,8 @@ def key_gradients_kernel(
     acc += tl.load(dn_ptr + chunk * D_QK + dk, mask=dk < D_QK, other=0.0)[None, :]
     acc *= tl.exp((m_next - tl.load(m_tile_ptr + end)) + sum_between(g_ptr, source + 1, end, WIDTH))
     k = load_tile(k_ptr, source, k_st, first_k, T, D_QK, BT, BK)
-    mass = tl.sum(k.to(tl.float32) * acc, 1) * column
-    tl.store(sent_ptr + (block_k * heads + head) * TILES + source, tl.sum(mass, 0))
+    mass = tl.sum(k.to(tl.float32) * acc * column[:, None])  # at once: Triton 3.6 and 3.7 on sm_100 fail on two steps
+    tl.store(sent_ptr + (block_k * heads + head) * TILES + source, mass)
 
     # the tiles after, in the chunk
     if D_V <= BV:

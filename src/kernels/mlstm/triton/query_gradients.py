@@ -61,8 +61,8 @@ def query_gradients_kernel(
     acc = acc * inv_n[:, None] + dden[:, None] * n[None, :]
     acc *= tl.exp((tl.load(m_tile_ptr + start) - m_i) + sum_between(g_ptr, start, tile, WIDTH))
     q = load_tile(q_ptr, tile, q_st, first_k, T, D_QK, BT, BK)
-    mass = tl.sum(q.to(tl.float32) * acc, 1) * row
-    tl.store(received_ptr, tl.sum(mass, 0))
+    # summed at once: Triton 3.6 and 3.7 on sm_100 fail on two steps
+    tl.store(received_ptr, tl.sum(q.to(tl.float32) * acc * row[:, None]))
 
     # the tiles before, in the chunk, oldest first
     if D_V <= BV:
@@ -84,9 +84,10 @@ def query_gradients_kernel(
         k = load_tile(k_ptr, source, k_st, first_k, T, D_QK, BT, BK)
         acc = dot(cast(dP, MMA), k.to(MMA), acc, PRECISION)
         q = load_tile(q_ptr, tile, q_st, first_k, T, D_QK, BT, BK)  # again: registers are short
-        mass = tl.sum(q.to(tl.float32) * acc, 1) * row
-        tl.store(received_ptr + source + 1 - start, tl.sum(mass, 0), mask=source + 1 - start < NT)
-    tl.store(row_ptr + block_k * heads * TILES * BT + at_t, mass)
+        mass = tl.sum(q.to(tl.float32) * acc * row[:, None])
+        tl.store(received_ptr + source + 1 - start, mass, mask=source + 1 - start < NT)
+    q = load_tile(q_ptr, tile, q_st, first_k, T, D_QK, BT, BK)
+    tl.store(row_ptr + block_k * heads * TILES * BT + at_t, tl.sum(q.to(tl.float32) * acc, 1) * row)
     acc *= row[:, None]
 
     # the tile itself
