@@ -70,5 +70,5 @@ def get_kernel(op: str, form: str, backend: str = "torch") -> Callable:
     """The implementation of ``op`` in ``form``; ValueError names the forms there are."""
     found = {kernel.form: kernel.function for kernel in kernels(op, backend)}
     if form not in found:
-        raise ValueError(f"no form {form!r} of {op!r} on backend {backend!r}; known: {', '.join(found)}")
+        raise ValueError(f"no form {form!r} of {op!r} on backend {backend!r}; known: {', '.join(sorted(found))}")
     return found[form]

@@ -33,7 +33,7 @@ def mlstm_chunkwise(
         i, f = F.pad(i, (0, pad), value=-torch.inf), F.pad(f, (0, pad), value=PAD_FORGET)
     N = (T + pad) // L  # chunks
     dtype = state_dtype(q.dtype)
-    q = (q * d_qk**-0.5).view(B, H, N, L, d_qk)
+    q, scale = q.view(B, H, N, L, d_qk), d_qk**-0.5  # scores are scaled in fp32: q keeps its digits
     k, v = k.view(B, H, N, L, d_qk), v.view(B, H, N, L, d_v)
     b = F.logsigmoid(f.to(dtype)).view(B, H, N, L).cumsum(-1)
     source = i.to(dtype).view(B, H, N, L) - b
@@ -61,8 +61,8 @@ def mlstm_chunkwise(
     # inside the chunks
     log_weights = (b[..., :, None] + source[..., None, :]).masked_fill(causal_mask(L, q.device), -torch.inf)
     m_t = torch.maximum(log_weights.amax(-1), b + m_in[..., None])
-    carried = torch.exp(b + m_in[..., None] - m_t)[..., None]
-    scores = (q @ k.transpose(-1, -2)).to(dtype) * torch.exp(log_weights - m_t[..., None])
+    carried = scale * torch.exp((m_in[..., None] - m_t) + b)[..., None]
+    scores = (q @ k.transpose(-1, -2)).to(dtype) * (scale * torch.exp(log_weights - m_t[..., None]))
     numerator = (scores.to(v.dtype) @ v).to(dtype) + carried * (q @ C_in.to(q.dtype)).to(dtype)
     denominator = scores.sum(-1) + carried[..., 0] * (q.to(dtype) @ n_in[..., None])[..., 0]
     h = numerator / (torch.maximum(denominator.abs(), torch.exp(-m_t)) + EPS)[..., None]

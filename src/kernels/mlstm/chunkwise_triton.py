@@ -105,21 +105,23 @@ def _defaults(kernel: str, p: _Problem) -> dict[str, int]:
     width_k, width_v = (max(16, triton.next_power_of_2(d)) for d in (p.d_qk, p.d_v))
     shared = current_target().shared_memory_bytes
     if p.dtype != torch.bfloat16:
-        keep, widest, slices, state_v = 32, 32, 32, 64
+        keep, widest, slices, state_v = 32, 32, 32, 32
     elif shared < 100 * 1024:
         keep, widest, slices, state_v = 32, 64, 32, 64
-    elif shared < 200 * 1024:
+    elif shared < 200 * 1024 or current_target().arch == 100:
         keep, widest, slices, state_v = 64, 128, 64, 128
     else:
         keep, widest, slices, state_v = 256, 256 if width_k <= 256 else 128, 64, 128
     stages = 2 if shared >= 100 * 1024 else 1
 
-    def sizes(**blocks: int) -> dict[str, int]:
-        return {**blocks, "num_warps": 8 if max(blocks.values()) >= 128 else 4, "num_stages": stages}
+    masked = (width_k, width_v) != (p.d_qk, p.d_v)  # masks take registers
 
-    state = sizes(BK=min(max(width_k, 32), 64), BV=min(width_v, state_v))
-    over_k = sizes(BK=width_k if width_k <= keep else slices, BC=min(width_k, slices), BV=min(width_v, widest))
-    over_v = sizes(BK=min(width_k, widest), BV=width_v if width_v <= keep else slices, BC=min(width_v, slices))
+    def sizes(**blocks: int) -> dict[str, int]:
+        return {**blocks, "num_warps": 8 if masked or max(blocks.values()) >= 128 else 4, "num_stages": stages}
+
+    state = sizes(BK=min(max(width_k, 32), 64), BV=min(max(width_v, 32), state_v))
+    over_k = sizes(BK=width_k if width_k <= keep else slices, BC=min(width_k, 32), BV=min(width_v, widest))
+    over_v = sizes(BK=min(width_k, widest), BV=width_v if width_v <= keep else slices, BC=min(width_v, 32))
     return {
         "mlstm_states": state,
         "mlstm_outputs": over_k,

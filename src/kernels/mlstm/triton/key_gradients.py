@@ -24,7 +24,7 @@ def key_gradients_kernel(
     sent (blocks of d_qk, B·H, TILES): Σ_s Σ_t G_ts over s in the tile and t after its chunk; column (blocks, B·H,
     TILES·BT): Σ_t G_ts over all t after the tile.
     """
-    blocks_k: tl.constexpr = tl.cdiv(D_QK, BK)
+    blocks_k: tl.constexpr = (D_QK + BK - 1) // BK
     pid = tl.program_id(0)
     block_k, source = pid % blocks_k, (pid // blocks_k) % TILES
     head = (pid // (blocks_k * TILES)).to(tl.int64)

@@ -24,7 +24,7 @@ def outputs_kernel(
     A program computes [BT, BV] outputs. Products over d_qk run in slices of BK; where one slice is all of d_qk, the
     queries stay on the chip. The state is read in slices of BC.
     """
-    blocks_v: tl.constexpr = tl.cdiv(D_V, BV)
+    blocks_v: tl.constexpr = (D_V + BV - 1) // BV
     pid = tl.program_id(0)
     block_v, tile = pid % blocks_v, (pid // blocks_v) % TILES
     head = (pid // (blocks_v * TILES)).to(tl.int64)

@@ -25,7 +25,7 @@ def query_gradients_kernel(
     row (blocks, B·H, TILES·BT): Σ_s G_ts over all s before the tile; and inside the tile column_s = Σ_{t ≥ s} G_ts and
     crossing_s = Σ_{t > s ≥ r} G_tr (B·H, TILES·BT). All are sums of what they mean, never differences of larger sums.
     """
-    blocks_k: tl.constexpr = tl.cdiv(D_QK, BK)
+    blocks_k: tl.constexpr = (D_QK + BK - 1) // BK
     pid = tl.program_id(0)
     block_k, tile = pid % blocks_k, (pid // blocks_k) % TILES
     head = (pid // (blocks_k * TILES)).to(tl.int64)
@@ -108,7 +108,7 @@ def query_gradients_kernel(
     store_tile(dq_ptr, cast(acc, dq_ptr.dtype.element_ty), tile, dq_st, first_k, T, D_QK, BT, BK)
     if block_k == 0:
         scores = tl.zeros((BT, BT), tl.float32)
-        for first_d in tl.static_range(0, D_QK, BK):
+        for first_d in range(0, D_QK, BK):
             q = load_tile(q_ptr, tile, q_st, first_d, T, D_QK, BT, BK)
             k = load_tile(k_ptr, tile, k_st, first_d, T, D_QK, BT, BK)
             scores = dot(q.to(MMA), tl.trans(k.to(MMA)), scores, PRECISION)

@@ -23,8 +23,8 @@ def state_gradients_kernel(
 
     dC = exp(g + m − m') dC' + Σ_t exp(b_t + m − m_t) q_t dNUM_tᵀ with dNUM_t = dh_t / N_t.
     """
-    blocks_k: tl.constexpr = tl.cdiv(D_QK, BK)
-    blocks_v: tl.constexpr = tl.cdiv(D_V, BV)
+    blocks_k: tl.constexpr = (D_QK + BK - 1) // BK
+    blocks_v: tl.constexpr = (D_V + BV - 1) // BV
     pid = tl.program_id(0)
     block_v, block_k = pid % blocks_v, (pid // blocks_v) % blocks_k
     head = (pid // (blocks_v * blocks_k)).to(tl.int64)

@@ -24,8 +24,8 @@ def states_kernel(
     C' = exp(g + m − m') C + Σ_s exp(i_s + r_s − m') k_s v_sᵀ with m' = max(g + m, max_s (i_s + r_s)). A program keeps a
     [BK, BV] block of C over all tokens.
     """
-    blocks_k: tl.constexpr = tl.cdiv(D_QK, BK)
-    blocks_v: tl.constexpr = tl.cdiv(D_V, BV)
+    blocks_k: tl.constexpr = (D_QK + BK - 1) // BK
+    blocks_v: tl.constexpr = (D_V + BV - 1) // BV
     pid = tl.program_id(0)
     block_v, block_k = pid % blocks_v, (pid // blocks_v) % blocks_k
     head = (pid // (blocks_v * blocks_k)).to(tl.int64)

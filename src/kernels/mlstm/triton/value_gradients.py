@@ -20,7 +20,7 @@ def value_gradients_kernel(
     MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv (B, H, T, d_v): dv_s = Σ_t P_ts dNUM_t + exp(…) dCᵀ k_s. A program computes [BT, BV] of it."""
-    blocks_v: tl.constexpr = tl.cdiv(D_V, BV)
+    blocks_v: tl.constexpr = (D_V + BV - 1) // BV
     pid = tl.program_id(0)
     block_v, source = pid % blocks_v, (pid // blocks_v) % TILES
     head = (pid // (blocks_v * TILES)).to(tl.int64)

@@ -1,0 +1,98 @@
+"""``xlstm-scaling certify``: the kernels of this device against float64; the worst errors; a certificate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_certify_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``xlstm-scaling certify``."""
+    add = parser.add_argument
+    add("--out", type=Path, metavar="FILE", help="write the certificate here (JSON)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda where there is one (default)")
+    add("--backend", nargs="+", metavar="NAME", help="only these: torch, cpu, triton (default: the device's)")
+    add("--op", nargs="+", metavar="NAME", help="only these operations, e.g. mlstm rms_norm")
+    dtypes = "float32, bfloat16, float16 (default: float32 bfloat16)"
+    add("--dtype", nargs="+", metavar="NAME", default=["float32", "bfloat16"], help=dtypes)
+    add("--quick", action="store_true", help="fewer shapes; still every output and gradient of every kernel")
+    add("--report-only", action="store_true", help="exit with 0 although a kernel fails: the certificate refuses it")
+    add("--threads", type=int, default=1, metavar="N", help="threads of PyTorch on the CPU (default: 1)")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def run_certify(args: argparse.Namespace) -> int:
+    """Certify; 1 where a kernel fails."""
+    import torch
+
+    from xlstm_scaling.kernels.certification.run import certify
+    from xlstm_scaling.study.files import write_json_atomic
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and args.backend != ["cpu"] else "cpu"
+    torch.set_num_threads(args.threads)
+    level = "quick" if args.quick else "full"
+    certificate = certify(device, args.op, args.backend, args.dtype, level, progress=not args.quiet)
+    print(summary(certificate))
+    if args.out is not None:
+        write_json_atomic(args.out, certificate)
+        print(f"certificate: {args.out}")
+    failures = failed_lines(certificate)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return 1 if failures and not args.report_only else 0
+
+
+def summary(certificate: dict) -> str:
+    """The worst tensor of every kernel as a table, and what else is to be known."""
+    import pandas as pd
+
+    from xlstm_scaling.kernels.certification.certificate import device_name
+
+    rows = []
+    ill: list[str] = []
+    for entry in certificate["kernels"]:
+        worst = entry["worst"]
+        rows.append(
+            {
+                "kernel": f"{entry['op']} {entry['form']} ({entry['backend']})",
+                "dtype": entry["dtype"],
+                "cases": len(entry["cases"]),
+                "passed": "yes" if entry["passed"] else "NO",
+                "worst": worst["tensor"] if worst else "-",
+                "error": worst["error"] if worst else "-",
+                "limit": worst["limit"] if worst else "-",
+                "PyTorch": worst["reference_error"] if worst else "-",
+                "in case": worst["case"] if worst else "-",
+            }
+        )
+        ill += [
+            f"{entry['op']} {entry['dtype']} {tensor} in {case!r}"
+            for case, checks in entry["cases"].items()
+            for tensor, check in checks.items()
+            if check.get("ill_conditioned")
+        ]
+    lines = [pd.DataFrame(rows).to_string(index=False, justify="left")]
+    for line in dict.fromkeys(ill):
+        lines.append(f"ill-conditioned, PyTorch itself misses the threshold: {line}")
+    lines += [f"not available: {line}" for line in certificate["unavailable"]]
+    if certificate["interpreted"]:
+        lines.append("interpreted: this certifies no GPU")
+    device = device_name(certificate["device"])
+    passed = sum(entry["passed"] for entry in certificate["kernels"])
+    lines.append(
+        f"{passed} of {len(certificate['kernels'])} passed on {device}, {certificate['level']}, "
+        f"{certificate['duration_s']:.0f} s; errors are RMS-relative, against float64"
+    )
+    return "\n".join(lines)
+
+
+def failed_lines(certificate: dict) -> list[str]:
+    """One line a failure: kernel, dtype, tensor, case."""
+    return [
+        f"FAILED {entry['op']} {entry['form']} ({entry['backend']}) in {entry['dtype']}: {failure}"
+        for entry in certificate["kernels"]
+        for failure in entry["failures"]
+    ]
