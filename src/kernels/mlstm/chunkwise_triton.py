@@ -104,7 +104,9 @@ def _defaults(kernel: str, p: _Problem) -> dict[str, int]:
     """
     width_k, width_v = (max(16, triton.next_power_of_2(d)) for d in (p.d_qk, p.d_v))
     shared = current_target().shared_memory_bytes
-    if p.dtype != torch.bfloat16:
+    if current_target().backend == "interpreter":  # every program costs
+        keep, widest, slices, state_v = 512, 512, 512, 512
+    elif p.dtype != torch.bfloat16:
         keep, widest, slices, state_v = 32, 32, 32, 32
     elif shared < 100 * 1024:
         keep, widest, slices, state_v = 32, 64, 32, 64
@@ -112,15 +114,16 @@ def _defaults(kernel: str, p: _Problem) -> dict[str, int]:
         keep, widest, slices, state_v = 64, 128, 64, 128
     else:
         keep, widest, slices, state_v = 256, 256 if width_k <= 256 else 128, 64, 128
+    reads = 32 if current_target().arch == 100 else slices
     stages = 2 if shared >= 100 * 1024 else 1
 
     masked = (width_k, width_v) != (p.d_qk, p.d_v)  # masks take registers
 
     def sizes(**blocks: int) -> dict[str, int]:
-        return {**blocks, "num_warps": 8 if masked or max(blocks.values()) >= 128 else 4, "num_stages": stages}
+        return {**blocks, "num_warps": 8 if masked or max(width_k, width_v) >= 128 else 4, "num_stages": stages}
 
     state = sizes(BK=min(max(width_k, 32), 64), BV=min(max(width_v, 32), state_v))
-    over_k = sizes(BK=width_k if width_k <= keep else slices, BC=min(width_k, 32), BV=min(width_v, widest))
+    over_k = sizes(BK=width_k if width_k <= keep else slices, BC=min(width_k, reads), BV=min(width_v, widest))
     over_v = sizes(BK=min(width_k, widest), BV=width_v if width_v <= keep else slices, BC=min(width_v, 32))
     return {
         "mlstm_states": state,
@@ -136,7 +139,8 @@ def _defaults(kernel: str, p: _Problem) -> dict[str, int]:
 def _tile_sizes(q: Tensor, v: Tensor, chunk_size: int | None) -> tuple[int, int]:
     """Tokens a tile and tiles a chunk."""
     d_qk, d_v = q.shape[-1], v.shape[-1]
-    default = {"BT": 64 if q.dtype == torch.bfloat16 else 32, "chunk_size": 256 if d_qk * d_v >= 128 * 128 else 128}
+    odd = triton.next_power_of_2(d_v) != d_v < 64  # masks of small odd heads spill in larger tiles
+    default = {"BT": 64 if q.dtype == torch.bfloat16 and not odd else 32, "chunk_size": 256 if d_qk * d_v >= 128 * 128 else 128}
     config = configuration("mlstm_chunkwise", default, q.dtype, d_qk=d_qk, d_v=d_v)
     BT = config["BT"]
     chunk_size = config["chunk_size"] if chunk_size is None else chunk_size
