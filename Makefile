@@ -16,12 +16,16 @@ READY := $(VENV)/.ready
 
 env: $(READY)
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock requirements-triton.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed; set PYTHON=python3.12 or the like"; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the locked versions (about a minute)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --editable .
+	@# a CUDA build of torch has brought the Triton it needs
+	@$(BIN)/python -c "import triton" 2> /dev/null || test "$$(uname -s)" != Linux \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-triton.lock \
+	  || echo "Triton could not be installed: its kernels are left out, everything else works"
 	@touch $@
 
 reproduce: $(READY)

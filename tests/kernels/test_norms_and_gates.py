@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from xlstm_scaling.kernels import get_kernel, head_norm_gate
+from xlstm_scaling.kernels import gated_silu, get_kernel, head_norm_gate
 
 OPS = ("rms_norm", "head_norm_gate", "gated_silu")
 #: largest RMS-relative error of an output or a gradient; and what a kernel may have more than twice the reference's
@@ -35,6 +35,17 @@ def _uninitialised_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def _fused_at_any_size(monkeypatch):
+    """Small inputs are not left to the reference."""
+    for module, name in (
+        (head_norm_gate, "MIN_NUMBERS"),
+        (head_norm_gate, "MIN_HEAD_DIM"),
+        (gated_silu, "MIN_NUMBERS"),
+    ):
+        monkeypatch.setattr(module, name, 0)
 
 
 def make_inputs(op, sizes, dtype, device="cpu", seed=0):
@@ -95,10 +106,17 @@ def check(function, op, sizes, dtype, device="cpu"):
         assert error <= 2 * plain_error + SLACK[dtype], f"{name}: {error:.1e}, reference {plain_error:.1e}"
 
 
+#: large enough that nothing is left to the reference
+LARGE = [
+    ("rms_norm", (300, 112, True)),
+    ("head_norm_gate", (8, 64, 1, 64, True)),
+    ("head_norm_gate", (4, 80, 2, 56, True)),
+    ("gated_silu", (600, 448)),
+]
+
+
 @pytest.mark.parametrize("dtype", THRESHOLDS, ids=str)
-@pytest.mark.parametrize(
-    ("op", "sizes"), [*CASES, ("rms_norm", (300, 112, True)), ("head_norm_gate", (4, 80, 2, 56, True))]
-)
+@pytest.mark.parametrize(("op", "sizes"), CASES + LARGE)
 def test_outputs_and_gradients_against_float64(op, sizes, dtype):
     check(get_kernel(op, "fused", "cpu"), op, sizes, dtype)
 
@@ -114,8 +132,8 @@ def test_outputs_and_gradients_against_float64(op, sizes, dtype):
         ("gated_silu", (3, 4)),
     ],
 )
-def test_gradcheck(op, sizes, monkeypatch):
-    monkeypatch.setattr(head_norm_gate, "MIN_HEAD_DIM", 1)  # small heads take the fused way too
+@pytest.mark.usefixtures("_fused_at_any_size")
+def test_gradcheck(op, sizes):
     inputs = make_inputs(op, sizes, torch.float64)
     function = get_kernel(op, "fused", "cpu")
     assert torch.autograd.gradcheck(lambda *x: function(**dict(zip(inputs, x))), tuple(inputs.values()))
@@ -137,21 +155,12 @@ def test_either_output_of_the_norm_with_residual_may_be_left_alone(form, kept):
 
 
 def test_several_heads_are_normed_one_by_one():
-    h, gate = torch.randn(2, 3, 4, 40), torch.randn(2, 3, 160)
-    weight = torch.randn(160)
+    h, gate, weight = torch.randn(32, 64, 4, 40), torch.randn(32, 64, 160), torch.randn(160)
     y = get_kernel("head_norm_gate", "fused", "cpu")(h, gate, weight)
     head = h[..., 2, :]
     normed = (head - head.mean(-1, keepdim=True)) / (head.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     expected = torch.sigmoid(gate[..., 80:120]) * normed * weight[80:120]
     assert torch.allclose(y[..., 80:120], expected, atol=1e-5)
-
-
-def test_gradients_keep_the_order_of_axes_of_h():
-    for sizes in ((2, 5, 2, 40, True), (2, 5, 2, 40, False)):
-        inputs = make_inputs("head_norm_gate", sizes, torch.float32)
-        y = get_kernel("head_norm_gate", "fused", "cpu")(**inputs)
-        (d_h,) = torch.autograd.grad(y.sum(), inputs["h"])
-        assert d_h.stride() == inputs["h"].stride()
 
 
 @pytest.mark.parametrize(
@@ -163,24 +172,32 @@ def test_no_rows(op, sizes):
     assert all(not x.any() for name, x in found.items() if name == "d_weight")
 
 
-@pytest.mark.parametrize(
-    ("op", "sizes"),
-    [("rms_norm", (600, 64, True)), ("head_norm_gate", (4, 150, 2, 64, True)), ("gated_silu", (600, 64))],
-)
+@pytest.mark.parametrize(("op", "sizes"), LARGE)
 def test_the_same_bits_every_time(op, sizes):
     first, second = (run(get_kernel(op, "fused", "cpu"), make_inputs(op, sizes, torch.bfloat16)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("op", "sizes"), CASES[::4])
+@pytest.mark.usefixtures("_fused_at_any_size")
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [("rms_norm", (2, 8, False)), ("head_norm_gate", (1, 2, 1, 32, False)), ("gated_silu", (2, 8))],
+)
 def test_second_derivatives_are_refused(op, sizes):
-    inputs = make_inputs(op, (1, 2, 1, 32, False) if op == "head_norm_gate" else sizes, torch.float32)
-    y = get_kernel(op, "fused", "cpu")(**inputs)
-    (d,) = torch.autograd.grad(
-        (y[0] if isinstance(y, tuple) else y).square().sum(), next(iter(inputs.values())), create_graph=True
-    )
+    inputs = make_inputs(op, sizes, torch.float32)
+    loss = get_kernel(op, "fused", "cpu")(**inputs).square().sum()
+    (d,) = torch.autograd.grad(loss, next(iter(inputs.values())), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         d.sum().backward()
+
+
+def test_small_and_large_inputs_of_gated_silu_give_the_same_bits(monkeypatch):
+    inputs = make_inputs("gated_silu", (65, 100), torch.bfloat16)
+    results = []
+    for fewest in (0, 2**30):
+        monkeypatch.setattr(gated_silu, "MIN_NUMBERS", fewest)
+        results.append(run(get_kernel("gated_silu", "fused", "cpu"), inputs))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def wrong_inputs():
