@@ -1,4 +1,4 @@
-# The study as one DAG: text -> tokens -> plan -> runs -> table -> laws, latency -> figures -> report.
+# The study as one DAG: text -> tokens -> plan, kernels -> certificate -> runs -> table -> laws, latency -> figures -> report.
 #
 #   snakemake --cores 2                                   the whole of study=laptop
 #   snakemake --cores 2 figures                           one stage and what it needs
@@ -34,6 +34,7 @@ rule all:
 
 include: "workflow/rules/tokens.smk"
 include: "workflow/rules/plan.smk"
+include: "workflow/rules/certify.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/runs.smk"
 include: "workflow/rules/fit.smk"

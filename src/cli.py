@@ -17,6 +17,7 @@ EPILOG = """stages, in order:
   fit        table of runs -> laws               inference  latency measurements and the runtime model
   figures    tables -> figures                   findings   tables -> what the study found
   report     everything on one page: `snakemake --cores 2 report`
+before training: certify   the kernels of this device, against float64
 
 Overrides are Hydra's: study=smoke training.seed=1 study.sizes.d40.learning_rate=0.005
 The whole study: make reproduce, or snakemake --cores 2 --config study=laptop"""
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     train = stage("train", "train one run of the plan (resumes by itself)")
     train.add_argument("--run", help="run id, or a part of it that only one run has")
     train.add_argument("--all", action="store_true", help="train all runs of the plan, one after the other")
+    train.add_argument("--uncertified", action="store_true", help="train with kernels that no certificate covers")
     train.add_argument("--plan", type=Path, help="a plan.json to take the run from, instead of overrides")
     stage("status", "state of every run of the plan")
     stage("runs", "results of all runs -> the table of runs")
@@ -55,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     stage("findings", "tables -> what the study found, in sentences")
     figures = stage("figures", "tables -> figures")
     figures.add_argument("--only", nargs="+", metavar="NAME", help="draw these figures only")
+
+    from xlstm_scaling.kernels.certification import command as certification
+
+    text = "compare the kernels of this device with float64: every output, every gradient"
+    certification.add_certify_arguments(commands.add_parser("certify", help=text, description=text))
 
     count = commands.add_parser("count", help="parameters and FLOPs of one model", description=_count.__doc__)
     count.add_argument("--arch", required=True, help="xlstm or transformer")
@@ -94,6 +101,12 @@ def _count(args: argparse.Namespace) -> int:
         for name, value in counts.items():
             print(f"{name:24s} {value:,}")
     return 0
+
+
+def _certify(args: argparse.Namespace) -> int:
+    from xlstm_scaling.kernels.certification.command import run_certify
+
+    return run_certify(args)
 
 
 def _stage(args: argparse.Namespace) -> int:
@@ -153,7 +166,7 @@ def _train(args: argparse.Namespace, specs: Sequence, hardware: dict, progress: 
         names = "\n  ".join(spec.run_id for spec in specs[:20])
         raise ConfigError(f"name a run with --run, or give --all; the plan has {len(specs)}:\n  {names}")
     for spec in specs if args.all else [stages.find_run(specs, args.run)]:
-        result = stages.train(spec, hardware, args.results, progress)
+        result = stages.train(spec, hardware, args.results, progress, args.uncertified)
         print(f"{spec.run_id}: {result['status']}, validation loss {result['val_loss']:.4f} nat/token")
     return 0
 
@@ -168,7 +181,8 @@ def run_command(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     level = os.environ.get("XLSTM_SCALING_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
-    handler: Callable[[argparse.Namespace], int] = _count if args.command == "count" else _stage
+    handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify}
+    handler = handlers.get(args.command, _stage)
     try:
         return handler(args)
     except expected_errors() as error:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from xlstm_scaling.study.config import ConfigError, to_dict, write_resolved
 from xlstm_scaling.study.files import read_json, write_json_atomic, write_table
-from xlstm_scaling.study.paths import StudyPaths
+from xlstm_scaling.study.paths import StudyPaths, certificate_path
 from xlstm_scaling.study.plan import PlanError, RunSpec, plan_runs, plan_table, plan_warnings
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,12 @@ def find_run(runs: Sequence[RunSpec], name: str) -> RunSpec:
     raise ConfigError(f"{what}; there are:\n  {listed}")
 
 
-def train(run: RunSpec, hardware: dict, results: Path, progress: bool = True) -> dict:
-    """Train one run (or find it trained): ``runs/<run_id>/result.json``."""
+def train(run: RunSpec, hardware: dict, results: Path, progress: bool = True, uncertified: bool = False) -> dict:
+    """Train one run (or find it trained): ``runs/<run_id>/result.json``.
+
+    CertificateError, before any step, unless ``certificates/<hardware name>.json`` covers the run's kernels, or
+    ``uncertified`` is asked for.
+    """
     from xlstm_scaling.training.trainer import Execution
     from xlstm_scaling.training.trainer import train as train_run
 
@@ -95,6 +99,7 @@ def train(run: RunSpec, hardware: dict, results: Path, progress: bool = True) ->
         micro_batch_sequences=hardware["micro_batch_sequences"],
         checkpoint_interval_s=hardware["checkpoint_interval_s"],
         progress=progress,
+        certificate=None if uncertified else certificate_path(results, hardware.get("name", "auto")),
     )
     tokens_folder = Path(results) / "tokens" / run.tokens_id
     if not (tokens_folder / "meta.json").is_file():

@@ -34,7 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:  # noqa: ANN001
         M, V = hidden.shape[0], weight.shape[0]
         weight_c = weight.to(hidden.dtype)
-        need_grad = hidden.requires_grad or weight.requires_grad
+        need_grad = any(ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if need_grad else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -79,4 +79,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: f
 
     Matrix products run in the dtype of ``hidden``; the soft cap, softmax and sums in fp32.
     """
+    if not torch.is_grad_enabled():  # autograd would ask for gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, cap)

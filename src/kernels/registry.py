@@ -6,7 +6,9 @@ imported when it is first asked for, so that a machine without Triton never impo
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,3 +74,35 @@ def get_kernel(op: str, form: str, backend: str = "torch") -> Callable:
     if form not in found:
         raise ValueError(f"no form {form!r} of {op!r} on backend {backend!r}; known: {', '.join(sorted(found))}")
     return found[form]
+
+
+#: where ``auto`` looks first, by type of device
+_PREFERRED = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
+#: forms from fast to plain
+_FORMS = ("fused", "chunked", "reference")
+
+
+def _usable(op: str, backend: str, double: bool) -> bool:
+    if (op, backend) not in _MODULES:
+        return False
+    return backend != "triton" or (not double and importlib.util.find_spec("triton") is not None)
+
+
+@functools.cache
+def select(op: str, device_type: str, form: str | None = None, backend: str = "auto", double: bool = False) -> Kernel:
+    """The implementation that models use on this type of device (cpu, cuda, meta …).
+
+    ``backend``: auto, or one by name. ``form``: one by name, or the fastest that the backend has. ``double``: the
+    inputs are float64, which Triton kernels do not take. ValueError names what there is.
+    """
+    backends = _PREFERRED.get(device_type, ("torch",)) if backend == "auto" else (backend,)
+    for name in backends:
+        if backend == "auto" and not _usable(op, name, double):
+            continue
+        found = {kernel.form: kernel for kernel in kernels(op, name)}
+        for wanted in _FORMS if form is None else (form,):
+            if wanted in found:
+                return found[wanted]
+    if backend != "auto":
+        get_kernel(op, form or _FORMS[0], backend)  # says which forms there are
+    raise ValueError(f"no kernel for {op!r}" + (f" in form {form!r}" if form else "") + f" on {device_type}")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_scaling.accounting import ModelShape
-from xlstm_scaling.kernels.cross_entropy import linear_cross_entropy, soft_cap
-from xlstm_scaling.models.layers import Linear, RMSNorm, small_init_
+from xlstm_scaling.kernels.cross_entropy import soft_cap
+from xlstm_scaling.models.layers import Linear, RMSNorm, fast, small_init_
 
 LOGIT_CAP = 30.0
 
@@ -100,7 +100,8 @@ class LanguageModel(nn.Module, ABC):
     def loss(self, tokens: Tensor, targets: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """tokens, targets (B, T) int64, document_starts (B, T) bool or None -> mean loss [nat/token], scalar."""
         hidden, _ = self.hidden(tokens, document_starts)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.logit_cap)
+        loss = fast("linear_cross_entropy", hidden)
+        return loss(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.logit_cap)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, state: list) -> tuple[Tensor, list]:

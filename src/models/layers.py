@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from xlstm_scaling.kernels import select
 
 NORM_EPS = 1e-6
 
@@ -22,26 +25,9 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class _RMSNormFunction(torch.autograd.Function):
-    """y = x / rms(x) · w with fp32 statistics and a hand-written backward (one pass over x each way)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
-        x32 = x.float() if x.dtype != torch.float64 else x
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
-        normed = x32 * scale
-        ctx.save_for_backward(normed, scale, weight)
-        ctx.dtype = x.dtype
-        return (normed * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN001
-        normed, scale, weight = ctx.saved_tensors
-        grad = grad.to(normed.dtype)
-        d_weight = (grad * normed).flatten(0, -2).sum(0)
-        weighted = grad * weight
-        d_x = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * scale
-        return d_x.to(ctx.dtype), d_weight, None
+def fast(op: str, x: Tensor) -> Callable:
+    """The kernel of ``op`` for the device and dtype of x."""
+    return select(op, x.device.type, double=x.dtype == torch.float64).function
 
 
 class RMSNorm(nn.Module):
@@ -53,21 +39,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNormFunction.apply(x, self.weight, self.eps)
+        return fast("rms_norm", x)(x, self.weight, eps=self.eps)
+
+    def add(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + y, and x + y: the residual stream is read once."""
+        return fast("rms_norm", x)(y, self.weight, x, self.eps)
 
 
-class MultiHeadLayerNorm(nn.Module):
-    """LayerNorm over each head of (B, T, H, d_v), without bias; a scale per channel of all heads."""
+class HeadNormGate(nn.Module):
+    """σ(gate) ⊙ LayerNorm of each head of (B, T, H, d_v), without bias; a scale per channel of all heads."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = NORM_EPS) -> None:
         super().__init__()
-        self.eps, self.head_dim = eps, head_dim
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        normed = F.layer_norm(x.to(dtype), (self.head_dim,), eps=self.eps)
-        return (normed.flatten(-2) * self.weight).to(x.dtype)
+    def forward(self, h: Tensor, gate: Tensor) -> Tensor:
+        """h (B, T, H, d_v), gate (B, T, H·d_v) -> (B, T, H·d_v)."""
+        return fast("head_norm_gate", h)(h, gate, self.weight, self.eps)
 
 
 class GatedFeedForward(nn.Module):
@@ -79,8 +68,7 @@ class GatedFeedForward(nn.Module):
         self.down = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(fast("gated_silu", x)(self.gate_up(x)))
 
 
 def small_init_(weight: Tensor, dim: int, generator: torch.Generator | None = None) -> None:

@@ -16,7 +16,7 @@ def traced_flops(shape: ModelShape, context_length: int) -> Flops:
     The counter sees matrix products and attention only, attention without causality; element-wise work counts as 0.
     ``linear`` is what the linear layers and the head cost, ``sequence_mixing`` the rest.
     """
-    options = {"kernel_chunk_size": shape.chunk_size} if shape.chunk_size else {}
+    options = {"kernel_chunk_size": shape.chunk_size, "kernel_backend": "torch"} if shape.chunk_size else {}
     with torch.device("meta"):
         model = build_model(shape, **options)
         tokens = torch.zeros(1, context_length, dtype=torch.long)

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_scaling.accounting import ModelShape
-from xlstm_scaling.kernels import get_kernel
+from xlstm_scaling.kernels import select
 from xlstm_scaling.kernels.cross_entropy import soft_cap
 from xlstm_scaling.kernels.mlstm.state import RESET_FORGET, MLSTMState, state_dtype
 from xlstm_scaling.models.language_model import Block, LanguageModel
-from xlstm_scaling.models.layers import GatedFeedForward, Linear, MultiHeadLayerNorm, RMSNorm, small_init_, wang_init_
+from xlstm_scaling.models.layers import GatedFeedForward, HeadNormGate, Linear, RMSNorm, small_init_, wang_init_
 
 GATE_CAP = 15.0
 FORGET_BIAS = (3.0, 6.0)  # linspace over the heads
@@ -22,7 +22,7 @@ class MLSTMLayer(nn.Module):
     """q, k, v and output gate by one product, input and forget gates by another; cell; norm, gate, out-projection."""
 
     def __init__(
-        self, shape: ModelShape, kernel_form: str, kernel_backend: str, kernel_chunk_size: int, input_gate_bias: float
+        self, shape: ModelShape, kernel_form: str, kernel_backend: str, kernel_chunk_size: int | None, input_gate_bias: float
     ) -> None:
         super().__init__()
         self.heads, self.d_qk, self.d_v = shape.num_heads, shape.head_dim_qk, shape.head_dim_v
@@ -31,12 +31,14 @@ class MLSTMLayer(nn.Module):
         self.qkv = Linear(d, sum(self.splits))
         self.output_gate = Linear(d, width)
         self.gates = Linear(d, 2 * self.heads, bias=True)
-        self.norm = MultiHeadLayerNorm(self.heads, self.d_v)
+        self.norm = HeadNormGate(self.heads, self.d_v)
         self.out = Linear(width, d)
         self.input_gate_bias = input_gate_bias
-        self.cell = get_kernel("mlstm", kernel_form, kernel_backend)
-        self.cell_options = {"chunk_size": kernel_chunk_size} if kernel_form == "chunkwise" else {}
-        self.step = get_kernel("mlstm", "step", "torch")
+        self.form, self.backend = kernel_form, kernel_backend
+        self.cell_options = {}
+        if kernel_form == "chunkwise" and kernel_chunk_size is not None:
+            self.cell_options["chunk_size"] = kernel_chunk_size
+        select("mlstm", "cpu", kernel_form, "auto" if kernel_backend == "triton" else kernel_backend)  # it exists
 
     def forward(self, x: Tensor, document_starts: Tensor | None, state: MLSTMState | None) -> tuple[Tensor, MLSTMState]:
         B, T, _ = x.shape
@@ -48,12 +50,16 @@ class MLSTMLayer(nn.Module):
         if document_starts is not None:
             f = f.masked_fill(document_starts[:, None, :], RESET_FORGET)
         if T == 1 and state is not None:
-            h, state = self.step(q[:, :, 0], k[:, :, 0], v[:, :, 0], i[:, :, 0], f[:, :, 0], state)
+            # the Triton step has no gradient
+            device = "cpu" if torch.is_grad_enabled() else x.device.type
+            step = select("mlstm", device, "step", double=dtype == torch.float64).function
+            h, state = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], i[:, :, 0], f[:, :, 0], state)
             h = h[:, None]  # (B, 1, H, d_v)
         else:
-            h, state = self.cell(q, k, v, i, f, state, **self.cell_options)
+            cell = select("mlstm", x.device.type, self.form, self.backend, dtype == torch.float64).function
+            h, state = cell(q, k, v, i, f, state, **self.cell_options)
             h = h.transpose(1, 2)
-        return self.out(torch.sigmoid(self.output_gate(x)) * self.norm(h)), state
+        return self.out(self.norm(h, self.output_gate(x))), state
 
     def reset_parameters(self, num_blocks: int, generator: torch.Generator | None) -> None:
         d = self.qkv.in_features
@@ -73,8 +79,8 @@ class XLSTMBlock(Block):
         self,
         shape: ModelShape,
         kernel_form: str = "chunkwise",
-        kernel_backend: str = "torch",
-        kernel_chunk_size: int = 64,
+        kernel_backend: str = "auto",
+        kernel_chunk_size: int | None = None,
         input_gate_bias: float = INPUT_BIAS,
     ) -> None:
         super().__init__()
@@ -87,8 +93,8 @@ class XLSTMBlock(Block):
         self, x: Tensor, document_starts: Tensor | None = None, state: MLSTMState | None = None
     ) -> tuple[Tensor, MLSTMState | None]:
         y, new_state = self.mlstm(self.mlstm_norm(x), document_starts, state)
-        x = x + y
-        return x + self.ffn(self.ffn_norm(x)), None if state is None else new_state
+        normed, x = self.ffn_norm.add(y, x)
+        return x + self.ffn(normed), None if state is None else new_state
 
     def init_state(self, batch_size: int, max_length: int, dtype: torch.dtype) -> MLSTMState:
         layer, device = self.mlstm, self.mlstm_norm.weight.device

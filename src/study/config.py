@@ -150,8 +150,10 @@ class TrainingConfig:
 
 @dataclass
 class HardwareConfig:
-    """Where runs run. Never part of a run's identity."""
+    """Where runs run. Never part of a run's identity. ``name``: of the kernels' certificate; ``certification``: quick or
+    full."""
 
+    name: str = "auto"
     device: str = "cpu"
     threads_per_run: int = 1
     flops_per_s: float = 5e10
@@ -159,6 +161,7 @@ class HardwareConfig:
     micro_batch_sequences: int | None = None
     checkpoint_interval_s: float = 30.0
     warm_start: bool = True
+    certification: str = "quick"
 
 
 SCHEMAS = {"study": StudyConfig, "training": TrainingConfig, "hardware": HardwareConfig}

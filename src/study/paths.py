@@ -11,9 +11,14 @@ from xlstm_scaling.corpus.build import tokens_id
 from xlstm_scaling.study.config import to_dict
 
 
+def certificate_path(results: Path | str, hardware: str) -> Path:
+    """The kernels' certificate on the hardware of this name (conf/hardware), shared by all studies."""
+    return Path(results) / "certificates" / f"{hardware}.json"
+
+
 @dataclass(frozen=True)
 class StudyPaths:
-    """``tokens/`` and ``runs/`` are shared by all studies; the rest belongs to one."""
+    """``tokens/``, ``runs/`` and ``certificates/`` are shared by all studies; the rest belongs to one."""
 
     results: Path
     name: str
@@ -30,6 +35,10 @@ class StudyPaths:
     @property
     def runs(self) -> Path:
         return self.results / "runs"
+
+    def certificate(self, hardware: str) -> Path:
+        """The kernels' certificate on the hardware of this name (conf/hardware)."""
+        return certificate_path(self.results, hardware)
 
     @property
     def study(self) -> Path:

@@ -34,6 +34,10 @@ RESULT_KEYS = (
 )
 
 
+#: what it takes where a result has it: older ones do not, nor do published runs
+OPTIONAL_RESULT_KEYS = ("kernel_certificate",)
+
+
 class TableError(ValueError):
     """A table of runs that breaks its schema; the message says which column and rows."""
 
@@ -95,6 +99,7 @@ def runs_table(specs: Sequence[RunSpec], results: Sequence[dict], study: str, co
                 "compute_dtype": spec.compute_dtype,
                 "corpus": corpus,
                 **{key: result[key] for key in RESULT_KEYS},
+                **{key: result.get(key) for key in OPTIONAL_RESULT_KEYS},
             }
         )
     return validate_runs(pd.DataFrame(rows))

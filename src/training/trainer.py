@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xlstm_scaling.corpus import BatchSchedule, TokenDataset, ValidationWindows, get_batch, get_windows
+from xlstm_scaling.kernels.certification.usage import certify_run
 from xlstm_scaling.models import LanguageModel, build_model
 from xlstm_scaling.study.errors import Preempted
 from xlstm_scaling.study.files import digest, read_json, write_json_atomic
@@ -50,6 +51,7 @@ class Execution:
     micro_batch_sequences: int | None = None
     checkpoint_interval_s: float = 30.0
     progress: bool = True
+    certificate: Path | None = None  # that must cover the kernels of the run
 
 
 def measure_peak_flops(dtype: torch.dtype, device: str = "cpu", size: int = 768, seconds: float = 0.03) -> float:
@@ -138,6 +140,7 @@ class Run:
 
     def _train(self) -> dict:
         spec, execution = self.spec, self.execution
+        self.certified = certify_run(spec, execution.certificate, execution.device)
         torch.set_num_threads(execution.threads)
         keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -351,6 +354,7 @@ class Run:
             "peak_flops": self.peak_flops,
             "threads": self.execution.threads,
             "device": self.execution.device,
+            **self.certified,
             "host_pid": os.getpid(),
             "torch_version": str(torch.__version__),
         }

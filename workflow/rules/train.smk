@@ -11,6 +11,8 @@ rule train_run:
         # the plan is rewritten with any change of the grid; what concerns this run is in its name
         plan=ancient(paths.plan / "plan.json"),
         tokens=paths.tokens / "meta.json",
+        # asked for before the first step; a new one changes no loss
+        certificate=ancient(rules.certify.output.certificate),
     output:
         result=paths.runs / "{run}" / "result.json",
     log:

@@ -121,6 +121,13 @@ def validity(device: str) -> str:
     return digest({"device": mine, "versions": {key: versions()[key] for key in ("torch", "triton")}})[:16]
 
 
+def level_option(level: str) -> str:
+    """``hardware.certification`` as a word for ``xlstm-scaling certify``; ValueError unless it is quick or full."""
+    if level not in ("quick", "full"):
+        raise ValueError(f"hardware.certification = {level!r} is neither quick nor full")
+    return "--quick" if level == "quick" else ""
+
+
 def load_certificate(path: Path, device: str = "cpu") -> dict:
     """The certificate in a file. CertificateError where there is none, or one of another schema."""
     command = _command(path, device)

@@ -6,6 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+#: columns of errors and their names in the certificate
+ERRORS = {"error": "error", "limit": "limit", "PyTorch": "reference_error"}
+
 
 def add_certify_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``xlstm-scaling certify``."""
@@ -62,21 +65,16 @@ def summary(certificate: dict) -> str:
                 "cases": len(entry["cases"]),
                 "passed": "yes" if entry["passed"] else "NO",
                 "worst": worst["tensor"] if worst else "-",
-                "error": worst["error"] if worst else "-",
-                "limit": worst["limit"] if worst else "-",
-                "PyTorch": worst["reference_error"] if worst else "-",
+                **{title: _text(worst[key]) if worst else "-" for title, key in ERRORS.items()},
                 "in case": worst["case"] if worst else "-",
             }
         )
-        ill += [
-            f"{entry['op']} {entry['dtype']} {tensor} in {case!r}"
-            for case, checks in entry["cases"].items()
-            for tensor, check in checks.items()
-            if check.get("ill_conditioned")
-        ]
+        for case, checks in entry["cases"].items():
+            names = [name for name, check in checks.items() if check.get("ill_conditioned")]
+            if names:
+                ill.append(f"{rows[-1]['kernel']} {entry['dtype']}, {case}: {', '.join(names)}")
     lines = [pd.DataFrame(rows).to_string(index=False, justify="left")]
-    for line in dict.fromkeys(ill):
-        lines.append(f"ill-conditioned, PyTorch itself misses the threshold: {line}")
+    lines += [f"ill-conditioned, as PyTorch itself misses the threshold: {line}" for line in ill]
     lines += [f"not available: {line}" for line in certificate["unavailable"]]
     if certificate["interpreted"]:
         lines.append("interpreted: this certifies no GPU")
@@ -87,6 +85,10 @@ def summary(certificate: dict) -> str:
         f"{certificate['duration_s']:.0f} s; errors are RMS-relative, against float64"
     )
     return "\n".join(lines)
+
+
+def _text(error: float | str) -> str:
+    return error if isinstance(error, str) else f"{error:.1e}"
 
 
 def failed_lines(certificate: dict) -> list[str]:

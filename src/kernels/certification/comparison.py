@@ -84,11 +84,6 @@ def judge(error: float, reference_error: float, dtype: str, note: str = "") -> C
     return Check(error, threshold, reference_error, limit, error <= limit, ill_conditioned, note)
 
 
-def failed(dtype: str, note: str) -> Check:
-    """A tensor that cannot be compared: missing, or of another shape."""
-    return Check(math.inf, THRESHOLDS[dtype], 0.0, THRESHOLDS[dtype], False, note=note)
-
-
 def noise_floor(scale: float, dtype: str) -> float:
     """What a vanishing tensor's error is relative to, so that the threshold allows ``SLACK`` of ``scale``."""
     return SLACK[dtype] / THRESHOLDS[dtype] * scale

@@ -29,6 +29,7 @@ from xlstm_scaling.kernels.mlstm.state import RESET_FORGET, MLSTMState
 
 #: above this length the float64 reference is chunkwise (tests hold it equal to recurrent)
 LONG = 512
+REFERENCE_CHUNK = 128
 #: most tokens of a case for forms whose time or memory grows too fast
 MAX_TOKENS = {"recurrent": LONG, "step": LONG, "parallel": 1024}
 INPUTS = ("q", "k", "v", "i", "f")
@@ -228,7 +229,8 @@ class MLSTM(Operation):
                 h, state = function(*(y[:, :, t] for y in tokens), state)
                 pieces.append(h[:, :, None])
         else:
-            chunk = {} if s["chunk"] is None else options(function, chunk_size=s["chunk"])
+            size = REFERENCE_CHUNK if form == "whole" else s["chunk"]
+            chunk = {} if size is None else options(function, chunk_size=size)
             bounds = [0, *(() if form == "whole" else s["splits"]), s["T"]]
             for start, end in itertools.pairwise(bounds):
                 h, state = function(*(y[:, :, start:end] for y in tokens), state, **chunk)

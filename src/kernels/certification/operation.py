@@ -24,7 +24,6 @@ from torch import Tensor
 from xlstm_scaling.kernels.certification.comparison import (
     Check,
     dtype_name,
-    failed,
     judge,
     noise_floor,
     rms,
@@ -179,10 +178,10 @@ def evaluate(
     function: Callable,
     form: str,
     x: Mapping[str, Tensor],
-    cotangents: Mapping[str, Tensor],
+    cotangents: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
     gradient: bool = True,
 ) -> dict[str, Tensor | None]:
-    """Outputs by name, and gradients by ``d`` + name (None where autograd has none).
+    """Outputs by name, and gradients by ``d`` + name (None where autograd has none). ``cotangents``: from the outputs.
 
     Raises RuntimeError where the kernel changes an input or writes beside one.
     """
@@ -194,12 +193,13 @@ def evaluate(
     with torch.set_grad_enabled(gradient):
         outputs = operation.call(function, form, tensors, case)
     result: dict[str, Tensor | None] = {name: value.detach() for name, value in outputs.items()}
-    used = [name for name in cotangents if gradient and outputs[name].requires_grad]
+    given = cotangents(result) if gradient else {}
+    used = [name for name in given if outputs[name].requires_grad and outputs[name].shape == given[name].shape]
     if used:
         grads = torch.autograd.grad(
             [outputs[name] for name in used],
             [tensors[name] for name in names],
-            [cotangents[name] for name in used],
+            [given[name] for name in used],
             allow_unused=True,
         )
     else:
@@ -227,22 +227,23 @@ class Problem:
             return value if name in operation.low else value.float()
 
         x = {name: rounded(name, value) for name, value in operation.draw(case, generator).items()}
+        d: dict[str, Tensor] = {}
+
+        def cotangents(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            for name in operation.cotangent_names(case):
+                d[name] = rounded(name, operation.cotangent(case, name, outputs[name], generator))
+            return {name: operation.place_cotangent(case, name, value.double()) for name, value in d.items()}
+
         exact = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
-        reference = operation.reference(case)
-        with torch.no_grad():
-            out = operation.call(reference, "whole", exact, case)
-        names = operation.cotangent_names(case)
-        d = {name: rounded(name, operation.cotangent(case, name, out[name], generator)) for name in names}
+        found = evaluate(operation, case, operation.reference(case), "whole", exact, cotangents)
         self.inputs = {name: value.to(device) for name, value in x.items()}
         self.cotangents = {name: operation.place_cotangent(case, name, value.to(device)) for name, value in d.items()}
-        exact_d = {name: operation.place_cotangent(case, name, value.double()) for name, value in d.items()}
-        found = evaluate(operation, case, reference, "whole", exact, exact_d)
         self.reference = {
             name: torch.zeros_like(exact[name[1:]]) if value is None else value for name, value in found.items()
         }
         self.dtypes = {name: dtype if name in operation.low else torch.float32 for name in operation.outputs}
         self.floors = self._floors(exact)
-        self._yardsticks: dict[Callable, dict[str, float]] = {}
+        self._yardsticks: dict[Callable, dict[str, tuple[float, str]]] = {}
 
     def _floors(self, exact: Mapping[str, Tensor]) -> dict[str, float]:
         """What the error of a tensor that vanishes is relative to.
@@ -260,20 +261,19 @@ class Problem:
                 floors[name] = noise_floor(scale, self.dtype)
         return floors
 
-    def run(self, function: Callable, form: str, gradient: bool = True) -> dict[str, Tensor | None]:
-        """A kernel's outputs and gradients."""
-        return evaluate(self.operation, self.case, function, form, self.inputs, self.cotangents, gradient)
+    def errors(self, function: Callable, form: str, gradient: bool = True) -> dict[str, tuple[float, str]]:
+        """Error of every tensor of a kernel, and what is wrong with it beside its values."""
+        found = evaluate(self.operation, self.case, function, form, self.inputs, lambda _: self.cotangents, gradient)
+        return {name: self._error(name, value) for name, value in found.items()}
 
-    def yardstick_errors(self, form: str) -> dict[str, float]:
-        """Errors of the PyTorch reference in this dtype, by tensor."""
+    def yardstick_errors(self, form: str) -> dict[str, tuple[float, str]]:
+        """Errors of the PyTorch reference in this dtype; computed once."""
         function = self.operation.yardstick(form)
         if function not in self._yardsticks:
-            found = self.run(function, form)
-            self._yardsticks[function] = {name: self._error(name, value)[0] for name, value in found.items()}
+            self._yardsticks[function] = self.errors(function, form)
         return self._yardsticks[function]
 
     def _error(self, name: str, value: Tensor | None) -> tuple[float, str]:
-        """Error of a tensor, and what is wrong with it beside its values."""
         reference = self.reference[name]
         if value is None:
             error = rms_error(torch.zeros_like(reference), reference, self.floors.get(name, 0.0))
@@ -289,14 +289,9 @@ class Problem:
     def check(self, function: Callable, form: str, gradient: bool = True) -> dict[str, Check]:
         """The verdict on every tensor of a kernel."""
         yardstick = self.yardstick_errors(form)
-        own = function is self.operation.yardstick(form)
-        found = self._yardsticks[function] if own else self.errors(function, form, gradient)
-        expected = [name for name in self.reference if gradient or name in self.operation.outputs]
-        checks = {}
-        for name in expected:
-            if name not in found:
-                checks[name] = failed(self.dtype, "missing")
-                continue
-            error, note = self._error(name, found[name])
-            checks[name] = judge(error, yardstick[name], self.dtype, note)
-        return checks
+        found = yardstick if function is self.operation.yardstick(form) else self.errors(function, form, gradient)
+        return {
+            name: judge(found[name][0], yardstick[name][0], self.dtype, found[name][1])
+            for name in self.reference
+            if gradient or name in self.operation.outputs
+        }

@@ -128,7 +128,7 @@ def _defaults(kernel: str, p: _Problem) -> dict[str, int]:
     return {
         "mlstm_states": state,
         "mlstm_outputs": over_k,
-        "mlstm_output_gradients": {"BV": min(width_v, 128), "num_warps": 4, "num_stages": 1},
+        "mlstm_output_gradients": {"BV": min(width_v, 64), "num_warps": 4, "num_stages": 1},
         "mlstm_state_gradients": state,
         "mlstm_query_gradients": over_v,
         "mlstm_key_gradients": over_v,
