@@ -58,10 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     figures = stage("figures", "tables -> figures")
     figures.add_argument("--only", nargs="+", metavar="NAME", help="draw these figures only")
 
+    from xlstm_scaling.kernels.arguments import add_tune_arguments
     from xlstm_scaling.kernels.certification import command as certification
 
     text = "compare the kernels of this device with float64: every output, every gradient"
     certification.add_certify_arguments(commands.add_parser("certify", help=text, description=text))
+    text = "measure configurations of the Triton kernels on this GPU and write its table"
+    add_tune_arguments(commands.add_parser("tune", help=text, description=text))
 
     count = commands.add_parser("count", help="parameters and FLOPs of one model", description=_count.__doc__)
     count.add_argument("--arch", required=True, help="xlstm or transformer")
@@ -107,6 +110,12 @@ def _certify(args: argparse.Namespace) -> int:
     from xlstm_scaling.kernels.certification.command import run_certify
 
     return run_certify(args)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from xlstm_scaling.kernels.tuning import tune_command
+
+    return tune_command(args)
 
 
 def _stage(args: argparse.Namespace) -> int:
@@ -181,7 +190,7 @@ def run_command(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     level = os.environ.get("XLSTM_SCALING_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
-    handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify}
+    handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}
     handler = handlers.get(args.command, _stage)
     try:
         return handler(args)

@@ -30,6 +30,7 @@ from typing import IO, Any
 
 import torch
 
+from xlstm_scaling.kernels.arguments import add_compile_arguments
 from xlstm_scaling.kernels.problems import SETS, Problem
 from xlstm_scaling.kernels.triton_launch import INTERPRETED, PACKAGED_TABLES, TARGETS, Launch, Target, recording
 
@@ -406,17 +407,6 @@ def write(rows: Sequence[CompiledKernel], path: Path) -> None:
     partial.replace(path)
 
 
-def add_compile_arguments(parser: argparse.ArgumentParser, out: bool = True) -> None:
-    """Options of ``--compile``; ``out=False`` where the parser has an ``--out`` of its own."""
-    known = ", ".join(TARGETS)
-    parser.add_argument("--target", nargs="+", metavar="ARCH", help=f"architectures to compile for (default: {known})")
-    parser.add_argument("--shapes", choices=sorted(SETS), default="all", help="which problems (default: all)")
-    if out:
-        parser.add_argument("--out", type=Path, help="write the table here, .csv or .json")
-    parser.add_argument("--processes", type=int, default=_processes(), help="compilations side by side")
-    parser.add_argument("--failures-only", action="store_true", help="print the rows that fail only")
-
-
 def compile_command(args: argparse.Namespace) -> int:
     """Compile, print the table, return 1 if a kernel fails. ValueError names an unknown target or missing Triton."""
     targets = {**TARGETS, **packaged_targets()}
@@ -459,10 +449,6 @@ def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, 
     return {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
 
 
-def _processes() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _interactive() -> bool:
     return sys.stderr.isatty()
 
@@ -472,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m xlstm_scaling.kernels.compilation", description="Compile every Triton kernel ahead of time."
     )
     add_compile_arguments(parser)
+    parser.add_argument("--out", type=Path, help="write the table here, .csv or .json")
     try:
         return compile_command(parser.parse_args(argv))
     except (ValueError, OSError) as error:

@@ -62,7 +62,7 @@ TARGETS = {
 _INTERPRETER = Target("interpreter", "", "interpreter", 1 << 40)
 _ACTIVE: ContextVar[Target | None] = ContextVar("target", default=None)
 _RECORD: ContextVar[list | None] = ContextVar("record", default=None)
-_OVERRIDES: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("overrides", default={})
+_OVERRIDES: ContextVar[Mapping[str, Mapping[str, int]] | None] = ContextVar("overrides", default=None)
 
 
 @functools.cache
@@ -136,7 +136,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 @contextmanager
 def configured(overrides: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
     """Use these configurations, by kernel, instead of table and defaults (tuning and tests)."""
-    token = _OVERRIDES.set({**_OVERRIDES.get(), **overrides})
+    token = _OVERRIDES.set({**(_OVERRIDES.get() or {}), **overrides})
     try:
         yield
     finally:
@@ -165,7 +165,7 @@ def configuration(kernel: str, default: Mapping[str, int], dtype: torch.dtype, *
 
     An entry of the device's table must name the same settings as the default; ValueError says which differ.
     """
-    override = _OVERRIDES.get().get(kernel)
+    override = (_OVERRIDES.get() or {}).get(kernel)
     if override is not None:
         return {**default, **override}
     device = current_target().name

@@ -11,7 +11,7 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b with fp32 accumulation; PRECISION (tf32x3 | ieee | tf32) concerns fp32 operands only."""
     if INTERPRETED:  # the interpreter multiplies the bits of bf16 as integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
@@ -19,7 +19,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def cast(x, dtype: tl.constexpr):  # noqa: ANN001, ANN201
+def cast(x, dtype: tl.constexpr):
     """x in ``dtype``, rounded to nearest even (the interpreter truncates fp32 to bf16)."""
     if INTERPRETED:
         if dtype == tl.bfloat16:

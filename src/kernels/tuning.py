@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from xlstm_scaling.kernels import problems as catalogue
 from xlstm_scaling.kernels import triton_launch
+from xlstm_scaling.kernels.arguments import add_tune_arguments
 from xlstm_scaling.kernels.problems import Problem
 from xlstm_scaling.kernels.registry import kernels
 from xlstm_scaling.kernels.triton_launch import (
@@ -421,24 +422,6 @@ def tuned_problems() -> list[Problem]:
     short = [p for p in catalogue.speed_problems() if p.size["T"] == catalogue.SPEED_LENGTHS[0]]
     heads = [catalogue.cross_entropy(8192, d) for d in (768, 4096)]
     return short + catalogue.step_problems() + heads + catalogue.elementwise_problems()
-
-
-def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``tune``."""
-    parser.add_argument(
-        "--op", nargs="+", metavar="OP", help="operations, e.g. mlstm/chunkwise rms_norm (default: all)"
-    )
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations"
-    )
-    parser.add_argument(
-        "--shape", nargs="+", metavar="NAME=SIZE",
-        help="only problems of these sizes, or one of your own with all its sizes: --op rms_norm --shape M=4096 d=512",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, help=f"folder of tables (default: ${TABLES_VARIABLE}, or the package's)")
-    parser.add_argument("--minutes", type=float, default=15.0, help="time to stop after (default: 15)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="compilations side by side")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def select_problems(ops: Sequence[str] | None, dtype: str, shape: Sequence[str] | None) -> list[Problem]:

@@ -22,7 +22,12 @@ class MLSTMLayer(nn.Module):
     """q, k, v and output gate by one product, input and forget gates by another; cell; norm, gate, out-projection."""
 
     def __init__(
-        self, shape: ModelShape, kernel_form: str, kernel_backend: str, kernel_chunk_size: int | None, input_gate_bias: float
+        self,
+        shape: ModelShape,
+        kernel_form: str,
+        kernel_backend: str,
+        kernel_chunk_size: int | None,
+        input_gate_bias: float,
     ) -> None:
         super().__init__()
         self.heads, self.d_qk, self.d_v = shape.num_heads, shape.head_dim_qk, shape.head_dim_v

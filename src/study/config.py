@@ -150,8 +150,10 @@ class TrainingConfig:
 
 @dataclass
 class HardwareConfig:
-    """Where runs run. Never part of a run's identity. ``name``: of the kernels' certificate; ``certification``: quick or
-    full."""
+    """Where runs run. Never part of a run's identity.
+
+    ``name``: of the kernels' certificate. ``certification``: of kernels before they train, quick or full.
+    """
 
     name: str = "auto"
     device: str = "cpu"

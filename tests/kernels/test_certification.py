@@ -80,7 +80,7 @@ def test_the_quick_cases_cover_every_tensor_and_what_is_hard(name):
         settings = [case.settings for case in cases]
         assert {(s["i"], s["f"]) for s in settings} >= {(i, f) for i in (15.0, -15.0) for f in (15.0, -15.0)}
         assert any(s["T"] % 2 for s in settings)
-        assert any(s["T"] < s["chunk"] for s in settings)
+        assert any(s["T"] < (s["chunk"] or 0) for s in settings)
         assert any(s["d_qk"] > s["d_v"] for s in settings)
         assert any(s["T"] == 65536 and s["H"] == 1 for s in settings)
         assert any(s["splits"] for s in settings)
@@ -425,7 +425,7 @@ def test_a_kernel_that_raises_fails_and_the_others_go_on(few_cases):
     first, second = certify_kernels(kernels, dtypes=["float32"])
     assert first.failures() == ["ValueError: no such luck, in case 'odd length'"]
     assert not second.failures()
-    assert first.untested(MLSTM()) == sorted(MLSTM_TENSORS)
+    assert set(MLSTM_TENSORS) < set(first.untested(MLSTM()))
 
 
 def test_a_module_that_cannot_be_imported_is_a_failure(few_cases, monkeypatch):

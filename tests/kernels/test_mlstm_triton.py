@@ -84,9 +84,7 @@ def assert_certified(inputs, state, gradients, like_reference=False, **options):
         assert error < threshold, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize(
-    ("T", "chunk_size"), [(1, None), (13, None), (64, 64), (101, 64), (130, 1024)], ids=str
-)
+@pytest.mark.parametrize(("T", "chunk_size"), [(1, None), (13, None), (64, 64), (101, 64), (130, 1024)], ids=str)
 def test_any_length(T, chunk_size):
     assert_certified(*problem(1, 2, T, 16, 24, torch.float32), chunk_size=chunk_size)
 

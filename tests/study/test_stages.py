@@ -20,7 +20,7 @@ def study(tiny_config, tiny_tokens):
     stages.plan(tiny_config, paths)
     content, specs = stages.load_plan(paths.plan / "plan.json")
     for spec in specs:
-        stages.train(spec, content["hardware"], tiny_tokens, progress=False)
+        stages.train(spec, content["hardware"], tiny_tokens, progress=False, uncertified=True)
     stages.runs(paths)
     return paths
 
@@ -38,6 +38,7 @@ def test_the_table_of_runs(study, tiny_config):
     assert np.allclose(csv.val_loss, runs.val_loss)
     curves = pd.read_parquet(study.study / "curves.parquet")
     assert set(curves.run_id) == set(runs.run_id)
+    assert runs.kernel_certificate.isna().all()  # trained uncertified
     assert (curves.groupby("run_id").step.max().reindex(runs.run_id) == runs.num_train_steps.to_numpy()).all()
 
 
@@ -109,6 +110,118 @@ def test_a_corpus_too_small_for_the_plan_is_refused(tiny_config, tiny_overrides,
         stages.plan(config, StudyPaths.of(config, tiny_tokens))
 
 
+# kernels are certified before they train
+
+
+@pytest.fixture
+def certificate(study, tiny_tokens):
+    """A certificate of this machine, in which every kernel of the tiny study passed, where training looks for it."""
+    from xlstm_scaling.kernels.certification import certificate as certificates
+    from xlstm_scaling.kernels.certification.usage import used_kernels
+    from xlstm_scaling.study.paths import certificate_path
+
+    path = certificate_path(tiny_tokens, "auto")
+    _, specs = stages.load_plan(study.plan / "plan.json")
+    kernels = [
+        {"op": op, "form": form, "backend": backend, "dtype": dtype, "passed": True, "failures": []}
+        for op, form, backend, dtype in sorted({use for spec in specs for use in used_kernels(spec, "cpu")})
+    ]
+    content = {
+        "schema_version": certificates.SCHEMA_VERSION,
+        "device": certificates.describe_device("cpu"),
+        "versions": certificates.versions(),
+        "interpreted": False,
+        "kernel_sources": certificates.source_digest(),
+        "kernels": kernels,
+    }
+
+    def write(**changes):
+        for entry in kernels:
+            entry.update(changes.get(entry["op"], {}))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+        return certificates.certificate_digest(content)
+
+    yield write
+    path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def untrained(study, tiny_tokens, tmp_path):
+    """A results folder with tokens alone; the runs of the tiny study by architecture; the hardware."""
+    (tmp_path / "tokens").symlink_to(tiny_tokens / "tokens")
+    content, specs = stages.load_plan(study.plan / "plan.json")
+    runs = {arch: next(s for s in specs if s.arch == arch and s.size == "tiny") for arch in ("xlstm", "transformer")}
+    return tmp_path, runs, content["hardware"]
+
+
+def test_training_waits_for_a_certificate(study, untrained):
+    results, runs, hardware = untrained
+    with pytest.raises(ValueError, match=r"there is no .*auto\.json; run: xlstm-scaling certify --device cpu"):
+        stages.train(runs["xlstm"], hardware, results, progress=False)
+    assert not list(results.glob("runs/*/history.jsonl"))
+    words = ["train", "--results", str(results), "--plan", str(study.plan / "plan.json"), "--quiet"]
+    words += ["--run", runs["xlstm"].run_id]
+    assert run_command(words) == 1
+    assert run_command([*words, "--uncertified"]) == 0
+    result = json.loads((results / "runs" / runs["xlstm"].run_id / "result.json").read_text())
+    assert result["kernel_certificate"] is None
+
+
+def test_a_certified_run_records_its_certificate(study, untrained, certificate, tiny_tokens):
+    results, runs, hardware = untrained
+    (results / "certificates").symlink_to(tiny_tokens / "certificates")
+    digest = certificate()
+    result = stages.train(runs["xlstm"], hardware, results, progress=False)
+    assert result["kernel_certificate"] == digest
+    assert result["kernel_certificate_device"]
+    earlier = json.loads((tiny_tokens / "runs" / runs["xlstm"].run_id / "result.json").read_text())
+    assert result["identity"] == earlier["identity"]
+    assert result["val_loss"] == earlier["val_loss"]
+
+
+def test_a_kernel_that_failed_is_refused_by_its_tensor_where_it_is_used(untrained, certificate, tiny_tokens):
+    results, runs, hardware = untrained
+    (results / "certificates").symlink_to(tiny_tokens / "certificates")
+    certificate(mlstm={"passed": False, "failures": ["dq is off by 1 in case 'odd length'"]})
+    with pytest.raises(ValueError, match=r"mlstm chunkwise \(\w+\) in float32 failed .* dq is off by 1"):
+        stages.train(runs["xlstm"], hardware, results, progress=False)
+    assert not list(results.glob("runs/*/result.json"))
+    assert stages.train(runs["transformer"], hardware, results, progress=False)["status"] == "ok"
+
+
+@pytest.mark.parametrize("arch", ["xlstm", "transformer"])
+def test_the_kernels_that_are_asked_for_are_those_that_train(study, arch, monkeypatch):
+    """Every kernel that a model selects while it trains is in the list that its certificate is asked for."""
+    import torch
+
+    from xlstm_scaling.kernels.certification.usage import used_kernels
+    from xlstm_scaling.models import layers, xlstm
+    from xlstm_scaling.training.trainer import build_run_model
+
+    _, specs = stages.load_plan(study.plan / "plan.json")
+    spec = next(s for s in specs if s.arch == arch)
+    model, seen, original = build_run_model(spec), set(), layers.select
+
+    def spy(*args, **options):
+        kernel = original(*args, **options)
+        seen.add((kernel.op, kernel.form, kernel.backend, spec.compute_dtype))
+        return kernel
+
+    monkeypatch.setattr(layers, "select", spy)
+    monkeypatch.setattr(xlstm, "select", spy)
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    model.loss(tokens, tokens, tokens.bool()).backward()
+    assert seen == set(used_kernels(spec, "cpu"))
+
+
+def test_the_table_of_runs_takes_certificates_and_their_absence(study):
+    runs = read_runs(study.study / "runs.parquet")
+    runs["kernel_certificate"] = ["0123abcd"] + [None] * (len(runs) - 1)
+    assert validate_runs(runs).kernel_certificate[0] == "0123abcd"
+    assert "kernel_certificate" not in validate_runs(runs.drop(columns="kernel_certificate"))
+
+
 # the command line
 
 
@@ -117,7 +230,7 @@ def test_help_lists_the_stages(capsys):
         run_command(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for stage in ("tokens", "plan", "train", "runs", "fit", "inference", "figures", "count"):
+    for stage in ("tokens", "plan", "certify", "train", "runs", "fit", "inference", "figures", "count"):
         assert stage in text
 
 
@@ -142,11 +255,12 @@ def test_count_prints_json(capsys, arch, convention):
          "not divisible"),
         ("train study=smoke", "name a run with --run"),
         ("train study=smoke --run nothing", "no run matches 'nothing'"),
+        ("certify --op nothing", "no operation 'nothing'"),
         ("fit study=smoke", "run the stage"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_without_a_traceback(capsys, tmp_path, words, message):
-    results = [] if words.startswith("count") else ["--results", str(tmp_path)]
+    results = [] if words.startswith(("count", "certify")) else ["--results", str(tmp_path)]
     assert run_command([*words.split(), *results]) == 1
     error = capsys.readouterr().err
     assert message in error

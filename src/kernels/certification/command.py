@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from xlstm_scaling.kernels.arguments import add_compile_arguments
+
 #: columns of errors and their names in the certificate
 ERRORS = {"error": "error", "limit": "limit", "PyTorch": "reference_error"}
 
@@ -23,10 +25,18 @@ def add_certify_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report-only", action="store_true", help="exit with 0 although a kernel fails: the certificate refuses it")
     add("--threads", type=int, default=1, metavar="N", help="threads of PyTorch on the CPU (default: 1)")
     add("--quiet", action="store_true", help="no progress bar")
+    ahead = parser.add_argument_group("compile ahead of time, without a GPU")
+    text = "compile the Triton kernels instead; registers, spills, shared memory, matrix units; --out: .csv or .json"
+    ahead.add_argument("--compile", action="store_true", help=text)
+    add_compile_arguments(ahead)
 
 
 def run_certify(args: argparse.Namespace) -> int:
     """Certify; 1 where a kernel fails."""
+    if args.compile:
+        from xlstm_scaling.kernels.compilation import compile_command
+
+        return compile_command(args)
     import torch
 
     from xlstm_scaling.kernels.certification.run import certify

@@ -32,6 +32,10 @@ from xlstm_scaling.kernels.certification.comparison import (
 
 #: elements of NaN before and after each input; keeps the alignment of what lies between
 GUARD = 64
+#: an output that was computed without autograd, as validation and generation do: kernels take another path then
+PLAIN = " without autograd"
+#: elements of the largest input of cases that are run without autograd too
+PLAIN_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,9 @@ class Operation(ABC):
 
     def tensors(self, form: str, backend: str) -> set[str]:
         """Every output and gradient of a kernel: at least one well-conditioned case must test each."""
-        gradients = () if (form, backend) in self.without_gradient else self.gradients
-        return {*self.outputs, *(f"d{name}" for name in gradients)}
+        if (form, backend) in self.without_gradient:
+            return set(self.outputs)
+        return {*self.outputs, *(f"{name}{PLAIN}" for name in self.outputs), *(f"d{name}" for name in self.gradients)}
 
 
 def seed(*words: object) -> int:
@@ -241,6 +246,7 @@ class Problem:
         self.reference = {
             name: torch.zeros_like(exact[name[1:]]) if value is None else value for name, value in found.items()
         }
+        self.also_plain = max(value.numel() for value in x.values()) <= PLAIN_ELEMENTS
         self.dtypes = {name: dtype if name in operation.low else torch.float32 for name in operation.outputs}
         self.floors = self._floors(exact)
         self._yardsticks: dict[Callable, dict[str, tuple[float, str]]] = {}
@@ -263,8 +269,11 @@ class Problem:
 
     def errors(self, function: Callable, form: str, gradient: bool = True) -> dict[str, tuple[float, str]]:
         """Error of every tensor of a kernel, and what is wrong with it beside its values."""
-        found = evaluate(self.operation, self.case, function, form, self.inputs, lambda _: self.cotangents, gradient)
-        return {name: self._error(name, value) for name, value in found.items()}
+        arguments = (self.operation, self.case, function, form, self.inputs, lambda _: self.cotangents)
+        found = evaluate(*arguments, gradient)
+        if gradient and self.also_plain:
+            found |= {f"{name}{PLAIN}": value for name, value in evaluate(*arguments, gradient=False).items()}
+        return {name: self._error(name.removesuffix(PLAIN), value) for name, value in found.items()}
 
     def yardstick_errors(self, form: str) -> dict[str, tuple[float, str]]:
         """Errors of the PyTorch reference in this dtype; computed once."""
@@ -290,8 +299,7 @@ class Problem:
         """The verdict on every tensor of a kernel."""
         yardstick = self.yardstick_errors(form)
         found = yardstick if function is self.operation.yardstick(form) else self.errors(function, form, gradient)
-        return {
-            name: judge(found[name][0], yardstick[name][0], self.dtype, found[name][1])
-            for name in self.reference
-            if gradient or name in self.operation.outputs
-        }
+        names = [name for name in self.reference if gradient or name in self.operation.outputs]
+        if gradient and self.also_plain:
+            names += [f"{name}{PLAIN}" for name in self.operation.shapes(self.case)]
+        return {name: judge(found[name][0], yardstick[name][0], self.dtype, found[name][1]) for name in names}

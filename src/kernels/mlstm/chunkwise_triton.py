@@ -3,7 +3,7 @@
 Tokens are cut into tiles, tiles into chunks (see ``mlstm/triton``). Forward: gates -> states (sequential over tiles,
 parallel over blocks of C) -> outputs (parallel over tiles). Backward: output gradients -> state gradients (sequential)
 -> gradients of q, k, v (parallel) -> gradients of the gates. Gates, max states, normalisers and sums are fp32; products
-run in the inputs' dtype with fp32 accumulation (fp16 inputs in tf32, for its range); states lie in memory in that dtype.
+run in the inputs' dtype with fp32 accumulation (fp16 inputs in tf32, for its range); states are stored in that dtype.
 """
 
 from __future__ import annotations
@@ -140,13 +140,16 @@ def _tile_sizes(q: Tensor, v: Tensor, chunk_size: int | None) -> tuple[int, int]
     """Tokens a tile and tiles a chunk."""
     d_qk, d_v = q.shape[-1], v.shape[-1]
     odd = triton.next_power_of_2(d_v) != d_v < 64  # masks of small odd heads spill in larger tiles
-    default = {"BT": 64 if q.dtype == torch.bfloat16 and not odd else 32, "chunk_size": 256 if d_qk * d_v >= 128 * 128 else 128}
+    default = {
+        "BT": 64 if q.dtype == torch.bfloat16 and not odd else 32,
+        "chunk_size": 256 if d_qk * d_v >= 128 * 128 else 128,
+    }
     config = configuration("mlstm_chunkwise", default, q.dtype, d_qk=d_qk, d_v=d_v)
     BT = config["BT"]
     chunk_size = config["chunk_size"] if chunk_size is None else chunk_size
     if not 0 < chunk_size <= MAX_CHUNK_SIZE:
         raise ValueError(f"chunk_size must be 1 to {MAX_CHUNK_SIZE} tokens, got {chunk_size}")
-    while BT > max(16, chunk_size):
+    while max(16, chunk_size) < BT:
         BT //= 2
     NT = triton.cdiv(min(chunk_size, triton.cdiv(q.shape[2], BT) * BT), BT)
     return BT, NT
@@ -197,9 +200,9 @@ class _MLSTMChunkwise(torch.autograd.Function):
         has_initial = C0 is not None
         initial = (C0.float().contiguous(), n0.float().contiguous(), m0.float().contiguous()) if has_initial else (
             C_last, n_last, m_last)  # fmt: skip
-        launch(states_kernel, (grid,), k_ptr=k, v_ptr=v, i_ptr=i, r_ptr=r, g_ptr=g, C0_ptr=initial[0], n0_ptr=initial[1],
-               m0_ptr=initial[2], C_ptr=C, n_ptr=n, m_ptr=m_tile, C_last_ptr=C_last, n_last_ptr=n_last,
-               m_last_ptr=m_last, **_strides("k", k), **_strides("v", v), HAS_INITIAL=has_initial,
+        launch(states_kernel, (grid,), k_ptr=k, v_ptr=v, i_ptr=i, r_ptr=r, g_ptr=g,
+               C0_ptr=initial[0], n0_ptr=initial[1], m0_ptr=initial[2], C_ptr=C, n_ptr=n, m_ptr=m_tile,
+               C_last_ptr=C_last, n_last_ptr=n_last, m_last_ptr=m_last, **_strides("k", k), **_strides("v", v), HAS_INITIAL=has_initial,
                **p.matrix(), **config)  # fmt: skip
 
         # gradients of the first state are sums over all tokens that nearly cancel: they need h as it was computed

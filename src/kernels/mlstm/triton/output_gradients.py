@@ -7,6 +7,7 @@ import triton.language as tl
 
 from xlstm_scaling.kernels.mlstm.triton.common import load_tile
 
+
 @triton.jit
 def output_gradients_kernel(
     h_ptr, dh_ptr, den_ptr, m_ptr, i_ptr,
