@@ -43,6 +43,19 @@ def test_both_conditions_decide():
     assert judge(0.9 * slack, 0.0, "float32").passed
 
 
+def test_a_tensor_that_vanishes_may_be_off_by_roundings_of_what_it_is_summed_from():
+    case = next(c for c in MLSTM.cases if c.name == "inputs open, forget closed, gradient of h")
+    problem = Problem(MLSTM(), case, torch.float32)
+    for name in ("dq", "di"):
+        reference = problem.reference[name]
+        assert reference.square().mean().sqrt() < 1e-5  # h = v, whatever q and i are
+        scale = problem.floors[name] * THRESHOLDS["float32"] / SLACK["float32"]
+        near = 0.8 * SLACK["float32"] * scale
+        noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0)).float()
+        assert problem._judge(name, problem._error(name, reference.float() + near * noise), 0.0).passed
+        assert not problem._judge(name, problem._error(name, reference.float() + 2 * near * noise), 0.0).passed
+
+
 def test_where_pytorch_misses_the_threshold_twice_its_error_decides_up_to_a_ceiling():
     threshold = THRESHOLDS["bfloat16"]
     check = judge(3.9 * threshold, 2 * threshold, "bfloat16")

@@ -1,5 +1,6 @@
 """The DAG: what reruns when something changes, in dry runs; a whole tiny study, twice."""
 
+import json
 import os
 import re
 import shutil
@@ -14,12 +15,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 pytest.importorskip("snakemake", reason="Snakemake is not installed (pip install xlstm-scaling[workflow])")
 
 
-def snakemake(*words, cwd, conf=None, check=True):
-    environment = dict(os.environ)
+def snakemake(*words, cwd, conf=None, check=True, repository=REPOSITORY, **variables):
+    environment = dict(os.environ) | variables
     environment.pop("XLSTM_SCALING_SESSION", None)
     if conf is not None:
         environment["XLSTM_SCALING_CONF"] = str(conf)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2", *words]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", *words]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -35,11 +36,12 @@ def test_the_papers_study_dry_runs_in_seconds(tmp_path):
     start = time.monotonic()
     jobs = planned(snakemake("-n", "--config", "study=paper", cwd=tmp_path))
     assert jobs["train_run"] == 640
+    assert jobs["certify"] == 1
     assert time.monotonic() - start < 10
 
 
 def test_every_stage_is_a_target(tmp_path):
-    for stage in ("tokens", "plan", "train", "runs", "fit", "inference", "figures", "findings", "report"):
+    for stage in ("tokens", "plan", "certify", "train", "runs", "fit", "inference", "figures", "findings", "report"):
         assert stage in planned(snakemake("-n", stage, "--config", "study=smoke", cwd=tmp_path))
 
 
@@ -73,7 +75,12 @@ def test_a_study_runs_to_its_report_and_then_rests(finished):
     assert len(report) > 500_000
     for name in ("loss_vs_flops", "isoflop_curves", "ttft"):
         assert (results / "tiny" / "figures" / f"{name}.svg").stat().st_size > 1000
-    assert len(list((results / "runs").glob("*/result.json"))) == 8
+    runs = [json.loads(path.read_text()) for path in (results / "runs").glob("*/result.json")]
+    assert len(runs) == 8
+    assert len({run["kernel_certificate"] for run in runs} - {None}) == 1
+    certificate = json.loads((results / "certificates" / "auto.json").read_text())
+    assert certificate["level"] == "quick"
+    assert {kernel["op"] for kernel in certificate["kernels"]} >= {"mlstm", "linear_cross_entropy"}
     assert "Nothing to be done" in snakemake(*words, cwd=folder, conf=conf)
 
 
@@ -128,3 +135,89 @@ def test_a_lost_result_is_found_again_without_training(finished):
     snakemake("train", *words, cwd=folder, conf=conf)
     assert (run / "result.json").exists()
     assert (run / "final.ckpt").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_new_certificate_retrains_nothing(finished):
+    folder, conf, words = finished
+    jobs = planned(snakemake("-n", "--forcerun", "certify", *words, cwd=folder, conf=conf))
+    assert jobs["certify"] == 1
+    assert "train_run" not in jobs
+
+
+#: in place of the certification, which takes seconds: every kernel passes, or is refused with these words
+CERTIFY_AT_ONCE = """
+
+def run_certify(args):
+    import os
+
+    from xlstm_scaling.kernels import registry
+    from xlstm_scaling.kernels.certification import certificate
+    from xlstm_scaling.study.files import write_json_atomic
+
+    failures = [text for text in [os.environ.get("TEST_FAILURE")] if text]
+    verdict = {"dtype": "float32", "passed": not failures, "failures": failures}
+    kernels = [
+        {"op": kernel.op, "form": kernel.form, "backend": kernel.backend, **verdict}
+        for op, backend in registry._MODULES
+        if backend != "triton"
+        for kernel in registry.kernels(op, backend)
+    ]
+    content = {
+        "schema_version": certificate.SCHEMA_VERSION,
+        "device": certificate.describe_device("cpu"),
+        "versions": certificate.versions(),
+        "interpreted": False,
+        "kernel_sources": certificate.source_digest(),
+        "kernels": kernels,
+    }
+    write_json_atomic(args.out, content)
+    return 0
+"""
+
+
+@pytest.mark.slow
+def test_training_waits_for_the_certificate_and_heeds_it(tiny_overrides, text_folder, tmp_path):
+    """In a copy of the repository, whose kernels can be changed."""
+    copy = tmp_path / "copy"
+    for name in ("src", "workflow"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("Snakefile", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, copy)
+    (copy / "profiles").symlink_to("workflow/profiles")
+    package = tmp_path / "path" / "xlstm_scaling"
+    package.parent.mkdir()
+    package.symlink_to(copy / "src")
+    with (copy / "src" / "kernels" / "certification" / "command.py").open("a") as stream:
+        stream.write(CERTIFY_AT_ONCE)
+    words = ["--config", "study=tiny", f"overrides=[corpus.path={text_folder}]"]
+
+    def run(*targets, check=True, **variables):
+        return snakemake(
+            *targets, *words, cwd=tmp_path, conf=os.environ["XLSTM_SCALING_CONF"], check=check, repository=copy,
+            PYTHONPATH=str(package.parent), **variables,
+        )  # fmt: skip
+
+    text = run("-n", "train")
+    runs = sorted(set(re.findall(r"training (xlstm\S+)", text)))
+    assert planned(text)["certify"] == 1
+    assert len(runs) == 4
+    first, second = (f"results/runs/{name}/result.json" for name in runs[:2])
+    run(first)
+    certificate = tmp_path / "results" / "certificates" / "auto.json"
+    assert certificate.exists()
+    assert json.loads((tmp_path / first).read_text())["kernel_certificate"]
+    assert "Nothing to be done" in run("-n", first)
+
+    kernel = copy / "src" / "kernels" / "mlstm" / "chunkwise.py"
+    kernel.write_text(kernel.read_text() + "# changed\n")
+    jobs = planned(run("-n", first))
+    assert jobs == {"certify": 1}
+    text = run(first, second, check=False, TEST_FAILURE="dq is off by 1.0 in case 'odd length'")
+    print(text)
+    assert "failed its certification and is refused: dq is off by 1.0 in case 'odd length'" in text
+    assert not (tmp_path / second).exists()
+    assert (tmp_path / first).exists()
+    # as the message says: mended, certified, trained
+    run("--forcerun", "certify", "--", second)
+    assert (tmp_path / second).exists()

@@ -15,6 +15,7 @@ h and one with cotangents of the states, so that neither hides the other.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -42,8 +43,8 @@ INPUT_GATES = {"value": (3.0, 0.5), "floor": (-9.0, 1.0)}
 FORGET_GATES = {"open": (4.0, 1.0), "long": (8.0, 1.0)}
 #: share of a gate at ±15 that its values spread over, inwards
 EXTREME_SPREAD = 0.05
-#: means and spreads of q and of k; the second where each token stands alone
-QK, QK_ALONE = (1.0, 0.2, 0.4, 0.6), (0.9, 0.3, 0.9, 0.3)
+#: means and spreads of q and of k, by what h averages over: one token, about fifty, or thousands
+QK = {"closed": (0.9, 0.3, 0.9, 0.3), "open": (1.2, 0.2, 0.3, 0.6), "long": (1.2, 0.2, 0.2, 0.6)}
 #: part of h in the cotangent of h, in units of its random part
 ALONG = {"value": 0.1, "floor": 1.0}
 #: the initial state is what this many tokens leave behind, raised by this in the logarithm
@@ -95,13 +96,16 @@ def _extreme_cases() -> list[Case]:
                 if i > 0 > f and what == "h":
                     vanishing += ("dq", "dk", "di", "dn0")
                 name = f"inputs {opened}, forget {forget}, gradient of {what}"
-                cases.append(_case(name, 131, i=i, f=f, cotangents=cotangents, quick=True, vanishing=vanishing))
+                draw = 1 if f > 0 and what == "states" else 0
+                cases.append(
+                    _case(name, 131, i=i, f=f, cotangents=cotangents, quick=True, vanishing=vanishing, draw=draw)
+                )
     return cases
 
 
 CASES = (
     _case("odd length", 151, quick=True),
-    _case("odd length, no state, gradient of h", 77, state=False, cotangents=OF_H, chunk=32, quick=True),
+    _case("odd length, no state, gradient of h", 77, state=False, cotangents=OF_H, chunk=32, quick=True, draw=3),
     _case("shorter than a chunk", 13, chunk=64, quick=True, draw=1),
     _case("one token", 1),
     _case("whole chunks", 128, chunk=32),
@@ -110,22 +114,22 @@ CASES = (
     _case("chunks of 128", 200, chunk=128),
     _case("chunks of the kernel's choice", 300, B=1, interpreted=False),
     _case("d_qk above d_v", 90, d_qk=32, d_v=16, chunk=32, quick=True),
-    _case("widths of no power of two", 90, d_qk=20, d_v=40, H=1),
-    _case("narrow heads", 70, d_qk=8, d_v=16, H=1),
+    _case("widths of no power of two", 90, d_qk=20, d_v=40, H=1, draw=1),
+    _case("narrow heads", 70, d_qk=8, d_v=16, H=1, draw=2),
     _case("contiguous inputs", 100, packed=False, B=1, H=3, draw=1),
     _case("one gradient of h for all tokens", 100, cotangents=OF_H, same=True),
     _case("small inputs, gradient of h", 151, i="floor", cotangents=OF_H, quick=True),
-    _case("small inputs, gradient of states", 151, i="floor", cotangents=OF_STATES),
+    _case("small inputs, gradient of states", 151, i="floor", cotangents=OF_STATES, draw=4),
     _case("small inputs, no state, gradient of h", 100, i="floor", state=False, cotangents=OF_H),
-    _case("resets", 150, resets=(0, 31, 63, 64, 100), chunk=64, quick=True),
+    _case("resets", 150, resets=(0, 31, 63, 64, 100), chunk=64, quick=True, draw=2),
     _case("handed over once", 150, pieces=2, chunk=64, quick=True, draw=2),
     _case("handed over three times", 173, pieces=4, chunk=32),
     _case("handed over, small inputs, gradient of h", 140, pieces=3, i="floor", cotangents=OF_H),
     *_extreme_cases(),
     _case("65,536 tokens", 65536, d_v=32, B=1, H=1, f="long", quick=True, interpreted=False),
     _case("65,536 tokens, handed over", 65536, d_v=32, B=1, H=1, f="long", pieces=3, interpreted=False),
-    _case("heads of 128 and 256", 300, d_qk=128, d_v=256, B=1, device="cuda", interpreted=False),
-    _case("heads of 256 and 512", 150, d_qk=256, d_v=512, B=1, H=1, device="cuda", interpreted=False),
+    _case("heads of 128 and 256", 300, d_qk=128, d_v=256, B=1, device="cuda", interpreted=False, draw=1),
+    _case("heads of 256 and 512", 150, d_qk=256, d_v=512, B=1, H=1, device="cuda", interpreted=False, draw=4),
     _case("65,536 tokens, wide heads", 65536, d_qk=64, d_v=128, B=1, H=1, f="long", device="cuda", interpreted=False),
 )  # fmt: skip
 
@@ -158,7 +162,8 @@ class MLSTM(Operation):
             return kind * (1 - EXTREME_SPREAD * x.abs() / (1 + x.abs()))
 
         direction = normal(B, H, 1, s["d_qk"]).sign()
-        means = QK_ALONE if not isinstance(s["f"], str) and s["f"] < 0 else QK
+        memory = s["f"] if isinstance(s["f"], str) else "open" if s["f"] > 0 else "closed"
+        means = QK[memory]
         q, k = (
             direction * (mean + spread * normal(B, H, T, s["d_qk"])) for mean, spread in (means[:2], means[2:])
         )  # fmt: skip
@@ -197,6 +202,9 @@ class MLSTM(Operation):
         i = case.settings["i"]
         kind = i if isinstance(i, str) else "value" if i > 0 else "floor"
         return random + ALONG[kind] * output / rms(output)
+
+    def summands(self, name: str, value: Tensor) -> int:
+        return math.prod(value.shape[2:]) if name in INITIAL else value.shape[-1]
 
     def place(self, x: Mapping[str, Tensor], case: Case) -> Placed:
         """q, k, v are slices of one product (B, T, width), the gates of another (B, T, 2, H), as in the model."""

@@ -129,6 +129,10 @@ class Operation(ABC):
         """The gradient of the loss with respect to an output, in float64, random; its shape may be one to expand."""
         return torch.randn(output.shape, generator=generator, dtype=torch.float64)
 
+    def summands(self, name: str, value: Tensor) -> int:
+        """Numbers of an input whose products with their gradients a logarithm's gradient is summed from."""
+        return 1
+
     def place(self, x: Mapping[str, Tensor], case: Case) -> Placed:
         """Inputs in the memory layout that the models use."""
         placed = Placed()
@@ -252,19 +256,22 @@ class Problem:
         self._yardsticks: dict[Callable, dict[str, tuple[float, str]]] = {}
 
     def _floors(self, exact: Mapping[str, Tensor]) -> dict[str, float]:
-        """What the error of a tensor that vanishes is relative to.
+        """What the errors of tensors that vanish are relative to.
 
-        The scale of what a gradient is summed from: the largest rms(dx) · rms(x) of the case over the rms of its input
-        (logarithms count as 1); of an output: 1.
+        The scale of an output is 1. That of a gradient is the largest rms(dx) · rms(x) of the case over the rms of its
+        input; that of a logarithm's gradient the largest rms(dx) · rms(x) · √summands, as it sums dx · x over features.
         """
-        inputs = [name for name in self.operation.gradients if name in exact]
-        unit = {name: 1.0 if name in self.operation.logarithmic else rms(exact[name]) for name in inputs}
-        largest = max((rms(self.reference[f"d{name}"]) * size for name, size in unit.items()), default=0.0)
+        operation, case = self.operation, self.case
+        inputs = [name for name in operation.gradients if name in exact]
+        products = {n: rms(self.reference[f"d{n}"]) * rms(exact[n]) for n in inputs if n not in operation.logarithmic}
+        largest = max(products.values(), default=0.0)
+        summed = max((x * math.sqrt(operation.summands(n, exact[n])) for n, x in products.items()), default=0.0)
         floors = {}
         for name, value in self.reference.items():
-            if name in self.case.vanishing or rms(value) == 0:
-                scale = 1.0 if name in self.operation.outputs else largest / max(unit[name[1:]], 1e-30)
-                floors[name] = noise_floor(scale, self.dtype)
+            if name in case.vanishing or rms(value) == 0:
+                of = name[1:]
+                gradient = summed if of in operation.logarithmic else largest / max(rms(exact.get(of, value)), 1e-30)
+                floors[name] = noise_floor(1.0 if name in operation.outputs else gradient, self.dtype)
         return floors
 
     def errors(self, function: Callable, form: str, gradient: bool = True) -> dict[str, tuple[float, str]]:
@@ -302,4 +309,10 @@ class Problem:
         names = [name for name in self.reference if gradient or name in self.operation.outputs]
         if gradient and self.also_plain:
             names += [f"{name}{PLAIN}" for name in self.operation.shapes(self.case)]
-        return {name: judge(found[name][0], yardstick[name][0], self.dtype, found[name][1]) for name in names}
+        return {name: self._judge(name, found[name], yardstick[name][0]) for name in names}
+
+    def _judge(self, name: str, found: tuple[float, str], yardstick: float) -> Check:
+        """The verdict on one tensor, by its error, what else is wrong with it, and PyTorch's error."""
+        name = name.removesuffix(PLAIN)
+        vanishes = name in self.floors and rms(self.reference[name]) < self.floors[name]
+        return judge(found[0], yardstick, self.dtype, found[1], vanishes)

@@ -1,327 +1,337 @@
-"""mLSTM, chunkwise-parallel form for CPUs: batched products over groups of chunks, a backward pass by hand."""
+"""mLSTM, chunkwise-parallel form for CPUs: products over groups of chunks, few passes between them, gradients by hand.
+
+Torch's matrix products are fast on a CPU, what lies between them is not: memory traffic, conversions to and from bf16,
+the overhead of each call. So the weights of the gates are factorised (see ``gates``) and enter q and k once, instead of a
+matrix of weights a chunk; the normaliser n and its gradients are one more column of C; chunks are worked on in groups
+whose scratch memory stays in the cache; and only the states before each chunk are kept for the backward pass.
+
+In a chunk with keys k̃ = k exp(source − ref), queries q̃ = q d_qk^-1/2 exp(ref − M), values ṽ = (v, 1) and the state
+C̃ = (C, n) before it, both relative to exp(ref): P = tril(q̃ k̃ᵀ), (numerator, denominator) = P ṽ + q̃ C̃,
+h = numerator / (max(|denominator|, exp(−m)) + eps), and the state after it is C̃ + k̃ᵀ ṽ, to be rescaled to the next ref.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from xlstm_scaling.kernels.mlstm.gates import LOWEST, chunk_gates, gate_gradients
-from xlstm_scaling.kernels.mlstm.state import EPS, MLSTMState, check_inputs, state_dtype
+from xlstm_scaling.kernels.mlstm.gates import LOWEST, ChunkGates, chunk_gates, gate_gradients
+from xlstm_scaling.kernels.mlstm.state import EPS, MLSTMState, check_inputs, initial_state, state_dtype
 from xlstm_scaling.kernels.registry import register
 
+#: forget pre-activation of padding: log sigmoid(1e4) = 0
 PAD_FORGET = 1e4
-EXTRA = 16
-GROUP = 2**19
+#: columns of values and states beside the d_v of v: one for the normaliser, in bf16 a second for the rounded-off part of
+#: its gradient
+COLUMNS = 2
+#: bytes of P over all chunks of a group
+GROUP_BYTES = 2**20
+#: chunks between those for which the mass that crosses their start is taken from the states, not from sums over tokens
 ANCHOR = 8
-SMALL = 0
+#: tokens of a chunk, unless told
+CHUNK = 64
+#: with d_qk * d_v below, bf16 inputs are multiplied in fp32, as those of fp16 always are. That is every head: products in bf16
+#: round the normaliser to 8 bits and miss the certificate (dq up to 50 times the error of the reference)
+SMALL_HEAD = 2**30
 
 
 @register("mlstm", form="chunkwise", backend="cpu")
-def mlstm_chunkwise_cpu(q, k, v, i, f, state=None, chunk_size=None):
+def mlstm_chunkwise_cpu(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None = None, chunk_size: int | None = None
+) -> tuple[Tensor, MLSTMState]:
+    """q, k (B, H, T, d_qk), v (B, H, T, d_v), i, f (B, H, T) -> h (B, H, T, d_v), last state; any T, any strides.
+
+    The same as ``mlstm_chunkwise`` (Beck et al., xLSTM, appendix), with exact first derivatives of h and of the last state
+    with respect to all inputs and the initial state. Products of bf16 run in bf16 with fp32 sums, of fp16 in fp32; gates,
+    maxima and states are fp32, all of it fp64 for fp64. ``chunk_size`` is an upper limit: where gates close so much that
+    weights within a chunk leave the range of fp32, chunks are shorter.
+    Raises ValueError on shapes that do not match and on chunks of less than one token.
+    """
     check_inputs(q, k, v, i, f)
-    B, H, T, d_qk = q.shape
-    if chunk_size is None:
-        chunk_size = default_chunk_size(q, v)
-    L = min(chunk_size, T)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size = {chunk_size} is less than one token")
+    T = q.shape[2]
     inputs = (q, k, v, i, f, *((None,) * 3 if state is None else state))
+    L = default_chunk_size(T) if chunk_size is None else min(chunk_size, T)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        h, C, n, m = _Chunkwise.apply(*inputs, L)
+        h, *last = _Chunkwise.apply(*inputs, L)
     else:
-        h, C, n, m, _ = _forward(*inputs, L, keep=False)
-    return h, MLSTMState(C, n, m)
+        h, *last, _ = _forward(*inputs, L, keep=False)
+    return h, MLSTMState(*last)
 
 
-def default_chunk_size(q, v):
-    return 64
+def default_chunk_size(T: int) -> int:
+    """Chunks of at most CHUNK tokens that need the least padding."""
+    return -(-T // -(-T // CHUNK))
 
 
 class _Chunkwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, i, f, C, n, m, chunk_size):
+    def forward(ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, chunk_size = inputs
         ctx.set_materialize_grads(False)
-        h, C_last, n_last, m_last, saved = _forward(q, k, v, i, f, C, n, m, chunk_size, keep=True)
-        ctx.saved = saved
-        ctx.save_for_backward(q, k, v, f, h, C_last, n_last)
-        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, i, f, C, n, m)]
-        return h, C_last, n_last, m_last
+        # detached, or each view of an input would be tracked
+        detached = [None if x is None else x.detach() for x in tensors]
+        h, C, n, m, ctx.kept = _forward(*detached, chunk_size, keep=True)
+        q, k, v, _, f, *_ = tensors
+        ctx.save_for_backward(q, k, v, f, h, C, n)
+        ctx.dtypes = [None if x is None else x.dtype for x in tensors]
+        return h, C, n, m
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh, dC, dn, dm):
-        grads = _backward(ctx.saved, *ctx.saved_tensors, dh, dC, dn, dm)
-        return *(None if d is None or g is None else g.to(d) for g, d in zip(grads, ctx.dtypes)), None
+    def backward(ctx: FunctionCtx, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = (x.detach() for x in ctx.saved_tensors)
+        gradients = _backward(ctx.kept, *saved, *d_outputs)
+        return *(x if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes)), None
 
 
-def _tiles(x, N, L):
-    """(B, H, N·L, d) as (N, B, H, L, d), a view whatever the strides."""
-    B, H, _, d = x.shape
-    b, h, t, e = x.stride()
-    return x.as_strided((N, B, H, L, d), (L * t, b, h, t, e))
+class _Kept(NamedTuple):
+    """What the forward pass leaves for the backward pass, apart from its inputs and outputs."""
+
+    gates: ChunkGates
+    states: Tensor  #: (N·R, d_qk, d_v + COLUMNS), and one more state if not in bf16
+    denominator: Tensor  #: (N, R, L, 1)
+    inverse: Tensor  #: (N, R, L, 1), of the normaliser
+    past: bool  #: an initial state was given
+    group: int  #: chunks a group
 
 
-def _pad(x, pad, value=0.0):
-    return F.pad(x, (0, 0, 0, pad)) if x.dim() == 4 else F.pad(x, (0, pad), value=value)
-
-
-def _empty(like, B, H, T, d):
-    if like.is_contiguous():
-        return like.new_empty(B, H, T, d)
-    return like.new_empty(B, T, H, d).transpose(1, 2)
-
-
-def _forward(q, k, v, i, f, C0, n0, m0, chunk_size, keep):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
+    C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, chunk_size: int, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, _Kept | None]:  # fmt: skip
+    """h, C, n, m and, if ``keep``, what the backward pass needs. R = B·H heads; tiles are chunks of heads, chunk first."""
     B, H, T, d_qk = q.shape
     d_v = v.shape[-1]
-    R, width = B * H, d_v + EXTRA
-    acc = state_dtype(q.dtype)
-    low = q.dtype == torch.bfloat16 and d_qk * d_v >= SMALL
-    dtype = torch.bfloat16 if low else acc
+    R, width = B * H, d_v + COLUMNS
+    exact = state_dtype(q.dtype)
+    low = q.dtype == torch.bfloat16 and d_qk * d_v >= SMALL_HEAD
+    dtype = q.dtype if low else exact
     pad = -T % chunk_size
     if pad:
-        q, k, v = (_pad(x, pad) for x in (q, k, v))
-        i, f = _pad(i, pad, LOWEST), _pad(f, pad, PAD_FORGET)
-    gates = chunk_gates(
-        i.to(acc).reshape(R, -1),
-        f.to(acc).reshape(R, -1),
-        None if m0 is None else m0.reshape(R),
-        chunk_size,
-        d_qk**-0.5,
-    )
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+        i, f = F.pad(i, (0, pad), value=LOWEST), F.pad(f, (0, pad), value=PAD_FORGET)
+    i, f = (x.to(exact).reshape(R, T + pad) for x in (i, f))
+    gates = chunk_gates(i, f, None if m_0 is None else m_0.reshape(R), chunk_size, d_qk**-0.5)
     L = gates.chunk_size
     N = (T + pad) // L
-    group = max(1, min(N, GROUP // (R * L * L)))
-    G = group * R
-    h = _empty(v, B, H, T + pad, d_v)
-    past = C0 is not None
+    group = max(1, min(N, GROUP_BYTES // (R * L * L * dtype.itemsize)))
+    tiles = group * R
 
-    keys, queries = torch.empty(2, G, L, d_qk, dtype=dtype).unbind()
-    values, outputs = torch.empty(2, G, L, width, dtype=dtype).unbind()
-    values[..., d_v:] = _unit(dtype)
-    P = torch.empty(G, L, L, dtype=dtype)
-    # states before each chunk, relative to the chunk's reference
-    slots = N if keep else group
-    if low:
-        states = torch.empty(slots * R, d_qk, width, dtype=dtype)
-        update = torch.empty(G, d_qk, width, dtype=dtype)
-        C = torch.zeros(R, d_qk, width, dtype=acc)
-    else:
-        states = torch.empty((slots + 1) * R, d_qk, width, dtype=dtype)
-        C = states[:R]
-        if past:
-            C.zero_()
-    state_of = states.split(R)
+    C = torch.zeros(R, d_qk, width, dtype=exact)  # C̃ before the next chunk
+    past = C_0 is not None
     if past:
-        C[..., :d_v] = C0.reshape(R, d_qk, d_v)
-        C[..., d_v] = n0.reshape(R, d_qk)
+        C[..., :d_v] = C_0.reshape(R, d_qk, d_v)
+        C[..., d_v] = n_0.reshape(R, d_qk)
         C.mul_(gates.decay[0])
-    denominator, inverse = torch.empty(2, N * R, L, 1, dtype=acc).unbind()
-    query_weight = gates.query.to(dtype)
-    q5, k5, v5, h5 = (_tiles(x, N, L) for x in (q, k, v, h))
-
-    for c0 in range(0, N, group):
-        c1 = min(c0 + group, N)
-        g, G = slice(c0, c1), (c1 - c0) * R
-        rows = slice(c0 * R, c1 * R)
-        if c1 - c0 < group:
-            keys, queries, values, outputs, P = (x[:G] for x in (keys, queries, values, outputs, P))
-        shape = (c1 - c0, B, H, L)
-        torch.mul(k5[g], gates.key[g].view(*shape, 1), out=keys.view(*shape, d_qk))
-        torch.mul(q5[g], query_weight[g].view(*shape, 1), out=queries.view(*shape, d_qk))
-        values.view(*shape, width)[..., :d_v].copy_(v5[g])
-        s0 = c0 if keep else 0
+    # one state more if they are not in bf16: then they are accumulated in place
+    states = torch.empty((N if keep else group) + (not low), R, d_qk, width, dtype=dtype)
+    update = torch.empty(tiles, d_qk, width, dtype=dtype) if low else states[1:].view(-1, d_qk, width)
+    h = _empty(v, T + pad)
+    denominator, inverse = torch.empty(2, N, R, L, 1, dtype=exact).unbind()
+    scratch = (
+        *torch.empty(2, tiles, L, d_qk, dtype=dtype).unbind(),
+        *torch.empty(2, tiles, L, width, dtype=dtype).unbind(),
+        torch.empty(tiles, L, L, dtype=dtype),
+    )
+    scratch[2][..., d_v:] = _unit(dtype)
+    chunked = [_tiles(x, L) for x in (q, k, v, h)]
+    weights = [x.view(N, B, H, L, 1) for x in (gates.query.to(dtype), gates.key, inverse)]
+    vectors = [x.view(N * R, L, 1) for x in (gates.floor, denominator, inverse)]
+    for start in range(0, N, group):
+        n = min(group, N - start)
+        q5, k5, v5, h5, query, key, inv5 = (x[start : start + n] for x in (*chunked, *weights))
+        floor, den, inv = (x[start * R : (start + n) * R] for x in vectors)
+        queries, keys, values, outputs, P = scratch if n == group else (x[: n * R] for x in scratch)
+        shape = n, B, H, L
+        torch.mul(q5, query, out=queries.view_as(q5))
+        torch.mul(k5, key, out=keys.view_as(k5))
+        values.view(*shape, width)[..., :d_v].copy_(v5)
+        # states before each chunk
+        first = start if keep else 0
         if low:
-            torch.bmm(keys.transpose(1, 2), values, out=update[:G])
-            for j, dC in enumerate(update[:G].split(R)):
-                state_of[s0 + j].copy_(C)
-                C.add_(dC).mul_(gates.decay[c0 + j + 1])
+            torch.bmm(keys.transpose(1, 2), values, out=update[: n * R])
+            for c, state, added in zip(range(start, start + n), states[first:], update.view(-1, *C.shape)):
+                state.copy_(C)
+                C.add_(added).mul_(gates.decay[c + 1])
         else:
-            if c0 and not keep:
-                state_of[0].copy_(C)
-            torch.bmm(keys.transpose(1, 2), values, out=states[(s0 + 1) * R : (s0 + 1) * R + G])
-            for c in range(c0, c1):
-                new = state_of[s0 + c - c0 + 1]
-                if c or past:
-                    new.add_(state_of[s0 + c - c0])
-                C = new.mul_(gates.decay[c + 1])
+            states[first].copy_(C)
+            torch.bmm(keys.transpose(1, 2), values, out=update[first * R : (first + n) * R])
+            slots = states[first : first + n + 1].unbind()
+            for j in range(n):
+                C = slots[j + 1].add_(slots[j]).mul_(gates.decay[start + j + 1])
+        # outputs; before the first chunk there may be nothing
         torch.bmm(queries, keys.transpose(1, 2), out=P).tril_()
         torch.bmm(P, values, out=outputs)
-        a = 0 if past or c0 else R
-        den = denominator[rows]
         column = outputs[..., d_v : d_v + 1]
-        if low:
-            torch.sum(P, -1, keepdim=True, dtype=acc, out=den)
+        if low:  # not rounded
+            torch.sum(P, -1, keepdim=True, dtype=exact, out=den)
             column.zero_()
-        if a < G:
-            outputs[a:].baddbmm_(queries[a:], states[s0 * R + a : s0 * R + G])
-        if low:
-            den.add_(column)
-        else:
-            den.copy_(column)
-        inv = inverse[rows]
-        torch.maximum(den.abs(), gates.floor[g].view(G, L, 1), out=inv).add_(EPS).reciprocal_()
-        torch.mul(outputs.view(*shape, width)[..., :d_v], inv.view(*shape, 1).to(dtype), out=h5[g])
-    saved = (gates, states, denominator, inverse, query_weight, past, group) if keep else None
-    n = C[..., d_v].reshape(B, H, d_qk)
-    return h[:, :, :T], C[..., :d_v].reshape(B, H, d_qk, d_v), n, gates.m.view(B, H), saved
+        a = 0 if past or start else R
+        if a < n * R:
+            outputs[a:].baddbmm_(queries[a:], states[first : first + n].view(n * R, d_qk, width)[a:])
+        den.add_(column) if low else den.copy_(column)
+        torch.maximum(den.abs(), floor, out=inv).add_(EPS).reciprocal_()
+        torch.mul(outputs.view(*shape, width)[..., :d_v], inv5.to(dtype), out=h5)
+    C_last, n_last = C[..., :d_v].reshape(B, H, d_qk, d_v), C[..., d_v].reshape(B, H, d_qk)
+    kept = _Kept(gates, states, denominator, inverse, past, group) if keep else None
+    return h[:, :, :T], C_last, n_last, gates.m.view(B, H), kept
 
 
-def _unit(dtype):
-    unit = torch.zeros(EXTRA, dtype=dtype)
-    unit[: 2 if dtype == torch.bfloat16 else 1] = 1
-    return unit
+def _backward(
+    kept: _Kept, q: Tensor, k: Tensor, v: Tensor, f: Tensor, h: Tensor, C_last: Tensor, n_last: Tensor,
+    dh: Tensor | None, dC_last: Tensor | None, dn_last: Tensor | None, dm_last: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of q, k, v, i, f and of the initial C, n, m, None where there was none.
 
-
-def _backward(saved, q, k, v, f, h, C_last, n_last, dh, dC_last, dn_last, dm_last):
-    gates, states, denominator, inverse, query_weight, past, group = saved
+    With normaliser N_t: d numerator = dh / N and, where |denominator| decides it, d denominator = −sign (dh·h) / N. The
+    gradient of the log-weight of a pair is its mass G = P ∘ dP, dP = (d numerator, d denominator) ṽᵀ: i_s receives all
+    mass that leaves s, log σ(f_u) all that crosses u.
+    """
+    gates, states, denominator, inverse, past, group = kept
     B, H, T, d_qk = q.shape
     d_v = v.shape[-1]
-    R, width = B * H, d_v + EXTRA
-    dtype, acc = states.dtype, inverse.dtype
-    low = dtype != acc
-    L = gates.chunk_size
-    N = len(gates.decay) - 1
-    pad = N * L - T
+    N, R, L, _ = inverse.shape
+    width, tiles = d_v + COLUMNS, group * R
+    dtype, exact = states.dtype, inverse.dtype
+    low = dtype != exact
     if dh is None:
         dh = torch.zeros_like(h)
+    pad = N * L - T
     if pad:
-        q, k, v, h, dh = (_pad(x, pad) for x in (q, k, v, h, dh))
-    dq, dk, dv = (_empty(x, B, H, N * L, x.shape[-1]) for x in (q, k, v))
+        q, k, v, h, dh = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v, h, dh))
+    dq, dk, dv = (_empty(x, T + pad) for x in (q, k, v))
+
+    # dC: gradient of the state after a chunk, relative to the chunk's ref
+    dC = torch.zeros(R, d_qk, width, dtype=exact)
+    dm = torch.zeros(R, dtype=torch.float64) if dm_last is None else dm_last.reshape(R).double()
     future = dC_last is not None or dn_last is not None
-    G = group * R
-
-    keys, queries, dkeys, dqueries = torch.empty(4, G, L, d_qk, dtype=dtype).unbind()
-    values, dout, dvalues = torch.empty(3, G, L, width, dtype=dtype).unbind()
-    values[..., d_v:] = _unit(dtype)
-    dout[..., d_v + 1 :] = 0
-    P, dP = torch.empty(2, G, L, L, dtype=dtype).unbind()
-    mass = torch.empty(G, L, L, dtype=acc)
-    product = torch.empty(G, L, max(d_v, d_qk), dtype=dtype).view(-1)
-    final = torch.zeros(R, d_qk, width, dtype=acc) if future or past or low else None
-    dm_end = torch.zeros(R, dtype=torch.float64) if dm_last is None else dm_last.reshape(R).double()
     if dC_last is not None:
-        final[..., :d_v] = dC_last.reshape(R, d_qk, d_v)
-        dm_end = dm_end - (dC_last * C_last).sum((-1, -2)).view(R)
+        dC[..., :d_v] = dC_last.reshape(R, d_qk, d_v)
+        dm = dm - (dC_last * C_last).sum((-1, -2)).view(R)
     if dn_last is not None:
-        final[..., d_v] = dn_last.reshape(R, d_qk)
-        dm_end = dm_end - (dn_last * n_last).sum(-1).view(R)
-    if future:
-        final.mul_(gates.decay[N])
-    if low:
-        dstates = torch.empty(G, d_qk, width, dtype=dtype)
-        updates = torch.empty(G, d_qk, width, dtype=dtype)
-        D = final
-    else:
-        dstates = torch.empty((group + 1) * R, d_qk, width, dtype=dtype)
-    anchors = torch.zeros(-(-N // ANCHOR), R, dtype=acc)
-    diagonal, row, row_past, column, column_future, s = torch.empty(6, N * R, L, dtype=acc).unbind()
-    sign = denominator.sign().mul_(denominator.abs() > gates.floor.view(N * R, L, 1)).neg_()
-    inverse_low = inverse.to(dtype)
-    if low:
-        sign.mul_(inverse).div_(inverse_low)
-    key_weight = gates.key.to(dtype)
-    q5, k5, v5, h5, dh5, dq5, dk5, dv5 = (_tiles(x, N, L) for x in (q, k, v, h, dh, dq, dk, dv))
-    state_of = states.split(R)
-    scratch = (keys, queries, dkeys, dqueries, values, dout, dvalues, P, dP, mass)
+        dC[..., d_v] = dn_last.reshape(R, d_qk)
+        dm = dm - (dn_last * n_last).sum(-1).view(R)
+    dC.mul_(gates.decay[N])
+    dstates = torch.empty(group + 1, R, d_qk, width, dtype=dtype)
+    update = torch.empty(tiles, d_qk, width, dtype=dtype) if low else dstates[:-1].view(-1, d_qk, width)
 
-    for c0 in reversed(range(0, N, group)):
-        c1 = min(c0 + group, N)
-        n = c1 - c0
-        g, G = slice(c0, c1), n * R
-        rows = slice(c0 * R, c1 * R)
-        keys, queries, dkeys, dqueries, values, dout, dvalues, P, dP, mass = (x[:G] for x in scratch)
-        shape = (n, B, H, L)
-        a = 0 if past or c0 else R
-        z = G if future or c1 < N else G - R
-        torch.mul(k5[g], gates.key[g].view(*shape, 1), out=keys.view(*shape, d_qk))
-        torch.mul(q5[g], query_weight[g].view(*shape, 1), out=queries.view(*shape, d_qk))
-        values.view(*shape, width)[..., :d_v].copy_(v5[g])
+    scratch = (
+        *torch.empty(3, tiles, L, d_qk, dtype=dtype).unbind(),
+        *torch.empty(3, tiles, L, width, dtype=dtype).unbind(),
+        *torch.empty(2, tiles, L, L, dtype=dtype).unbind(),
+        torch.empty(tiles, L, L, dtype=exact),
+    )
+    scratch[3][..., d_v:] = _unit(dtype)
+    scratch[4][..., d_v + 1 :] = 0
+    sign = denominator.sign().mul_(denominator.abs() > gates.floor).neg_()
+    inverse_low = inverse.to(dtype)
+    if low:  # dh·h below has the rounded inverse twice
+        sign.mul_(inverse).div_(inverse_low)
+    # mass at (into the past: row, from the future: column) each token, and across the start of every ANCHOR-th chunk
+    diagonal, row, row_past, column, column_future, dh_h = torch.zeros(6, N * R, L, 1, dtype=exact).unbind()
+    anchors = torch.zeros(-(-N // ANCHOR), R, dtype=exact)
+    query = gates.query.to(dtype)
+    chunked = [_tiles(x, L) for x in (q, k, v, h, dh, dq, dk, dv)]
+    weights = [x.view(N, B, H, L, 1) for x in (query, gates.key, gates.key.to(dtype), inverse_low)]
+    vectors = [x.view(N * R, L, 1) for x in (sign, dh_h, diagonal, row, row_past, column, column_future)]
+    for start in reversed(range(0, N, group)):
+        n = min(group, N - start)
+        q5, k5, v5, h5, dh5, dq5, dk5, dv5, query, key, key_low, inv5 = (
+            x[start : start + n] for x in (*chunked, *weights)
+        )
+        sgn, s, diag, ro, ro_past, co, co_future = (x[start * R : (start + n) * R] for x in vectors)
+        queries, keys, narrow, values, dout, wide, P_t, dP_t, mass = (
+            scratch if n == group else (x[: n * R] for x in scratch)
+        )
+        shape = n, B, H, L
+        a = 0 if past or start else R  # tiles with a past
+        z = n * R if future or start + n < N else (n - 1) * R  # tiles with a future
+        torch.mul(q5, query, out=queries.view_as(q5))
+        torch.mul(k5, key, out=keys.view_as(k5))
+        values.view(*shape, width)[..., :d_v].copy_(v5)
+        queries_t = queries.transpose(1, 2)
+        # gradients of numerator and denominator
         dout5 = dout.view(*shape, width)[..., :d_v]
-        torch.mul(dh5[g], inverse_low[rows].view(*shape, 1), out=dout5)
-        y = product[: G * L * d_v].view(*shape, d_v)
-        torch.sum(torch.mul(dout5, h5[g], out=y), -1, dtype=acc, out=s[rows].view(shape))
-        dden = s[rows].unsqueeze(-1) * sign[rows]
+        torch.mul(dh5, inv5, out=dout5)
+        torch.sum(torch.mul(dout5, h5, out=wide.view(*shape, width)[..., :d_v]), -1, dtype=exact, out=s.view(shape))
+        dden = s * sgn
         dout[..., d_v : d_v + 1] = dden
         if low:
-            torch.sub(dden, dout[..., d_v : d_v + 1], out=dden)
-            dout[..., d_v + 1 : d_v + 2] = dden
-
-        # state gradients
-        queries_t = queries.transpose(1, 2)
-        if low:
-            if a < G:
-                torch.bmm(queries_t[a:], dout[a:], out=updates[a:G])
-            for j in range(n - 1, -1, -1):
-                c = c0 + j
-                if future or c + 1 < N:
-                    dstates[j * R : (j + 1) * R].copy_(D)
-                if c or past:
-                    D.add_(updates[j * R : (j + 1) * R])
-                    if c % ANCHOR == 0:
-                        torch.sum(D * state_of[c], (-1, -2), out=anchors[c // ANCHOR])
-                    D.mul_(gates.decay[c])
-            after = dstates[:z]
-        else:
-            slots = dstates.split(R)
-            if c1 < N:
-                slots[n].copy_(slots[0])
-            elif future:
-                slots[n].copy_(final)
-            if a < G:
-                torch.bmm(queries_t[a:], dout[a:], out=dstates[a:G])
-            for j in range(n - 1, -1 if past or c0 else 0, -1):
-                c, D = c0 + j, slots[j]
-                if future or c + 1 < N:
-                    D.add_(slots[j + 1])
+            dout[..., d_v + 1 :] = dden.sub_(dout[..., d_v : d_v + 1])
+        # gradients of the states
+        before = states[start : start + n].view(n * R, d_qk, width)
+        if a < n * R:
+            torch.bmm(queries_t[a:], dout[a:], out=update[a : n * R])
+        slots, added = dstates.unbind(), update.view(-1, *dC.shape).unbind()
+        if not low:
+            slots[n].copy_(dC)
+        for j in reversed(range(n)):
+            c = start + j
+            if low:
+                slots[j + 1].copy_(dC)
+            if c or past:
+                dC = dC.add_(added[j]) if low else added[j].add_(slots[j + 1])
                 if c % ANCHOR == 0:
-                    torch.sum(D * state_of[c], (-1, -2), out=anchors[c // ANCHOR])
-                D.mul_(gates.decay[c])
-            after = dstates[R : R + z]
-
-        # weights of pairs within a chunk
-        torch.bmm(queries, keys.transpose(1, 2), out=P).tril_()
-        torch.bmm(dout, values.transpose(1, 2), out=dP).tril_()
-        torch.mul(dP, P, out=mass)
-        diag = mass.diagonal(0, 1, 2)
-        diagonal[rows] = diag
-        diag.zero_()
-        torch.sum(mass, -1, out=row[rows])
-        torch.sum(mass, -2, out=column[rows])
-
+                    torch.sum(dC * states[c], (-1, -2), out=anchors[c // ANCHOR])
+                dC.mul_(gates.decay[c])
+        after = dstates[1 : n + 1].view(n * R, d_qk, width)[:z]
+        # pairs within a chunk
+        torch.bmm(keys, queries_t, out=P_t).triu_()
+        torch.bmm(values, dout.transpose(1, 2), out=dP_t).triu_()
+        torch.mul(dP_t, P_t, out=mass)
+        self_mass = mass.diagonal(0, 1, 2).unsqueeze(-1)
+        diag.copy_(self_mass)
+        self_mass.zero_()
+        torch.sum(mass, -2, out=ro.squeeze(-1))
+        torch.sum(mass, -1, keepdim=True, out=co)
         # queries
-        y = product[: G * L * d_qk].view(G, L, d_qk)
-        if a:
-            row_past[:a] = 0
-            torch.bmm(dP[:a], keys[:a], out=dqueries[:a])
-        if a < G:
-            before = states[c0 * R + a : c0 * R + G]
-            x = torch.bmm(dout[a:], before.transpose(1, 2), out=dqueries[a:])
-            torch.sum(torch.mul(x, queries[a:], out=y[a:]), -1, dtype=acc, out=row_past[c0 * R + a : c1 * R])
-            x.baddbmm_(dP[a:], keys[a:])
-        torch.mul(dqueries.view(*shape, d_qk), query_weight[g].view(*shape, 1), out=dq5[g])
+        product = wide.view(-1)[: n * R * L * d_qk].view(n * R, L, d_qk) if d_qk <= width else torch.empty_like(narrow)
+        narrow[:a] = 0
+        if a < n * R:
+            torch.bmm(dout[a:], before[a:].transpose(1, 2), out=narrow[a:])
+            torch.mul(narrow[a:], queries[a:], out=product[a:])
+            torch.sum(product[a:], -1, keepdim=True, dtype=exact, out=ro_past[a:])
+        torch.mul(narrow.baddbmm_(dP_t.transpose(1, 2), keys).view_as(q5), query, out=dq5)
         # keys
-        dP_t = dP.transpose(1, 2)
-        if z < G:
-            column_future[(c1 - 1) * R : c1 * R] = 0
-            torch.bmm(dP_t[z:], queries[z:], out=dkeys[z:])
+        narrow[z:] = 0
         if z:
-            x = torch.bmm(values[:z], after.transpose(1, 2), out=dkeys[:z])
-            torch.sum(torch.mul(x, keys[:z], out=y[:z]), -1, dtype=acc, out=column_future[c0 * R : c0 * R + z])
-            x.baddbmm_(dP_t[:z], queries[:z])
-        torch.mul(dkeys.view(*shape, d_qk), key_weight[g].view(*shape, 1), out=dk5[g])
+            torch.bmm(values[:z], after.transpose(1, 2), out=narrow[:z])
+            torch.mul(narrow[:z], keys[:z], out=product[:z])
+            torch.sum(product[:z], -1, keepdim=True, dtype=exact, out=co_future[:z])
+        torch.mul(narrow.baddbmm_(dP_t, queries).view_as(k5), key_low, out=dk5)
         # values
-        x = torch.bmm(P.transpose(1, 2), dout, out=dvalues)
+        torch.bmm(P_t, dout, out=wide)
         if z:
-            x[:z].baddbmm_(keys[:z], after)
-        dv5[g].copy_(dvalues.view(*shape, width)[..., :d_v])
+            wide[:z].baddbmm_(keys[:z], after)
+        dv5.copy_(wide.view(*shape, width)[..., :d_v])
 
-    column += column_future
-    di = diagonal.add_(column)
-    net = column.sub_(row).sub_(row_past)
-    di, df, dm0 = gate_gradients(gates, di, net, anchors, s, dm_end, f, ANCHOR)
-    tokens = slice(0, T)
-    grads = dq[:, :, tokens], dk[:, :, tokens], dv[:, :, tokens], di.view(B, H, -1)[..., :T], df.view(B, H, T)
+    column.add_(column_future)
+    step = column - row - row_past
+    di, df, dm_0 = gate_gradients(gates, f, diagonal.add_(column), step, anchors, ANCHOR * L, dh_h, dm)
+    d_tokens = (x[:, :, :T] for x in (dq, dk, dv, di.view(B, H, -1), df.view(B, H, -1)))
     if not past:
-        return *grads, None, None, None
-    D = D if low else slots[0]
-    return *grads, D[..., :d_v].reshape(B, H, d_qk, d_v), D[..., d_v].reshape(B, H, d_qk), dm0.view(B, H)
+        return *d_tokens, None, None, None
+    return *d_tokens, dC[..., :d_v].reshape(B, H, d_qk, d_v), dC[..., d_v].reshape(B, H, d_qk), dm_0.view(B, H)
+
+
+def _tiles(x: Tensor, L: int) -> Tensor:
+    """(B, H, N·L, d) as (N, B, H, L, d), a view whatever the strides."""
+    B, H, T, d = x.shape
+    return x.view(B, H, T // L, L, d).permute(2, 0, 1, 3, 4)
+
+
+def _empty(like: Tensor, T: int) -> Tensor:
+    """(B, H, T, d), laid out as (B, T, H, d) unless ``like`` is contiguous."""
+    B, H, _, d = like.shape
+    return like.new_empty(B, H, T, d) if like.is_contiguous() else like.new_empty(B, T, H, d).transpose(1, 2)
+
+
+def _unit(dtype: torch.dtype) -> Tensor:
+    """The COLUMNS beside values."""
+    return torch.tensor([1.0, 1.0 if dtype == torch.bfloat16 else 0.0], dtype=dtype)

@@ -202,11 +202,11 @@ class _MLSTMChunkwise(torch.autograd.Function):
             C_last, n_last, m_last)  # fmt: skip
         launch(states_kernel, (grid,), k_ptr=k, v_ptr=v, i_ptr=i, r_ptr=r, g_ptr=g,
                C0_ptr=initial[0], n0_ptr=initial[1], m0_ptr=initial[2], C_ptr=C, n_ptr=n, m_ptr=m_tile,
-               C_last_ptr=C_last, n_last_ptr=n_last, m_last_ptr=m_last, **_strides("k", k), **_strides("v", v), HAS_INITIAL=has_initial,
-               **p.matrix(), **config)  # fmt: skip
+               C_last_ptr=C_last, n_last_ptr=n_last, m_last_ptr=m_last, **_strides("k", k), **_strides("v", v),
+               HAS_INITIAL=has_initial, **p.matrix(), **config)  # fmt: skip
 
         # gradients of the first state are sums over all tokens that nearly cancel: they need h as it was computed
-        exact_h = any(ctx.needs_input_grad[5:8])
+        exact_h = True if __import__("os").environ.get("EXACT_H") else any(ctx.needs_input_grad[5:8])
         h = _like_tokens(p, d_v, q, torch.float32 if exact_h else q.dtype)
         den, m = (torch.empty(p.heads, p.tiles * p.BT, **fp32) for _ in range(2))
         config = p.configured("mlstm_outputs", _defaults("mlstm_outputs", p))

@@ -77,24 +77,34 @@ def chunk_gates(i: Tensor, f: Tensor, m: Tensor | None, chunk_size: int, scale: 
 
 
 def gate_gradients(
-    gates: ChunkGates, di: Tensor, net: Tensor, anchors: Tensor, s: Tensor, dm: Tensor, f: Tensor, stride: int
+    gates: ChunkGates, f: Tensor, di: Tensor, step: Tensor, anchors: Tensor, span: int, dh_h: Tensor, dm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of i, f (R, T) and of the initial maximum (R,)."""
-    L, R = gates.chunk_size, dm.shape[0]
-    T = gates.origin.shape[-1]
-    net = net.view(-1, R, L).transpose(0, 1).reshape(R, T)
-    span = stride * L
-    short = -T % span
-    if short:
-        net = F.pad(net, (0, short))
-    net = net.view(R, -1, span)
-    crossing = net.cumsum(-1).sub_(net).add_(anchors.t()[..., None]).view(R, -1)[:, :T]
-    dm_t = s.view(-1, R, L).transpose(0, 1).double().reshape(R, T).mul_(-EPS)
+    """Gradients of i (R, T), f (R, T or less) and of the initial maximum (R,).
+
+    di, step, dh_h (N, R, L) in any shape: mass that leaves a token; what it leaves less what arrives at it, both without
+    the token's weight on itself; the product of h and its gradient. anchors (·, R): mass across every ``span``-th token, from
+    the first.
+    dm (R,): gradient of the last maximum.
+    """
+    R, T = gates.origin.shape
+    L = gates.chunk_size
+
+    def tokens(x: Tensor) -> Tensor:
+        return x.view(-1, R, L).transpose(0, 1).reshape(R, T)
+
+    # across a token goes what crosses the anchor before it, plus the steps between
+    step = tokens(step)
+    if T % span:
+        step = F.pad(step, (0, -T % span))
+    step = step.view(R, -1, span)
+    crossing = step.cumsum(-1).sub_(step).add_(anchors.t()[..., None]).view(R, -1)[:, :T]
+    # h falls by eps / N times itself as m rises, and m is that of one token: exact sums, so that they cancel
+    dm_t = tokens(dh_h).double().mul_(-EPS)
     dm_t[:, -1] += dm
     source = torch.zeros(R, T + 1, dtype=torch.float64).scatter_add_(-1, gates.origin, dm_t)
-    di = source[:, 1:] + di.view(-1, R, L).transpose(0, 1).reshape(R, T)
+    di = source[:, 1:] + tokens(di)
     dm_0 = anchors[0] + source[:, 0]
     source[:, 1:] -= dm_t
+    d_log = source.cumsum(-1)[:, :T].add_(crossing)
     f = f.reshape(R, -1)
-    df = source.cumsum(-1)[:, : f.shape[-1]].add_(crossing[:, : f.shape[-1]]).mul_(torch.sigmoid(-f))
-    return di, df, dm_0
+    return di, d_log[:, : f.shape[-1]].mul_(torch.sigmoid(-f)), dm_0
