@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class WorkflowStudy:
     @property
     def results(self) -> list[Path]:
         return [self.result(run_id) for run_id in self.runs]
+
+    def for_run(self, run_id: str, path: str, ancient: Callable[[str], str]) -> str:
+        """An input that a run must wait for, and whose changes are none of its business once it has its result."""
+        return ancient(str(path)) if self.result(run_id).exists() else str(path)
 
     @property
     def text_files(self) -> list[Path]:

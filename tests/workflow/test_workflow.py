@@ -114,6 +114,16 @@ def test_a_seed_retrains_all(finished):
 
 
 @pytest.mark.slow
+def test_new_runs_are_trained_with_the_target_train_too(finished):
+    """Whatever else is made anew: the plan is, and the certificate may be."""
+    folder, conf, words = finished
+    words = [*words[:-1], words[-1].replace("]", ",training.seed=3]")]
+    jobs = planned(snakemake("-n", "train", "--forcerun", "certify", *words, cwd=folder, conf=conf))
+    assert jobs["train_run"] == 8
+    assert jobs["plan"] == jobs["certify"] == 1
+
+
+@pytest.mark.slow
 def test_more_text_makes_new_tokens(finished):
     folder, _, _ = finished
     added = folder / "text" / "zzz.txt"
@@ -214,10 +224,10 @@ def test_training_waits_for_the_certificate_and_heeds_it(tiny_overrides, text_fo
     jobs = planned(run("-n", first))
     assert jobs == {"certify": 1}
     text = run(first, second, check=False, TEST_FAILURE="dq is off by 1.0 in case 'odd length'")
-    print(text)
     assert "failed its certification and is refused: dq is off by 1.0 in case 'odd length'" in text
     assert not (tmp_path / second).exists()
     assert (tmp_path / first).exists()
     # as the message says: mended, certified, trained
-    run("--forcerun", "certify", "--", second)
+    kernel.write_text(kernel.read_text() + "# mended\n")
+    run(second)
     assert (tmp_path / second).exists()

@@ -8,11 +8,11 @@ rule train:
 rule train_run:
     """One run; its folder's name carries the digest of all that determines its loss."""
     input:
-        # the plan is rewritten with any change of the grid; what concerns this run is in its name
-        plan=ancient(paths.plan / "plan.json"),
+        # what concerns a run is in its name, and a certificate changes no loss: a run that is there waits for neither of
+        # the two. One that is not must: Snakemake leaves out jobs that only wait for ancient files which are made anew
+        plan=lambda wildcards: study.for_run(wildcards.run, rules.plan.output.plan, ancient),
+        certificate=lambda wildcards: study.for_run(wildcards.run, rules.certify.output.certificate, ancient),
         tokens=paths.tokens / "meta.json",
-        # asked for before the first step; a new one changes no loss
-        certificate=ancient(rules.certify.output.certificate),
     output:
         result=paths.runs / "{run}" / "result.json",
     log:

@@ -78,7 +78,7 @@ class _Chunkwise(torch.autograd.Function):
         detached = [None if x is None else x.detach() for x in tensors]
         h, C, n, m, ctx.kept = _forward(*detached, chunk_size, keep=True)
         q, k, v, _, f, *_ = tensors
-        ctx.save_for_backward(q, k, v, f, h, C, n)
+        ctx.save_for_backward(q, k, v, f, h)
         ctx.dtypes = [None if x is None else x.dtype for x in tensors]
         return h, C, n, m
 
@@ -184,7 +184,7 @@ def _forward(
 
 
 def _backward(
-    kept: _Kept, q: Tensor, k: Tensor, v: Tensor, f: Tensor, h: Tensor, C_last: Tensor, n_last: Tensor,
+    kept: _Kept, q: Tensor, k: Tensor, v: Tensor, f: Tensor, h: Tensor,
     dh: Tensor | None, dC_last: Tensor | None, dn_last: Tensor | None, dm_last: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v, i, f and of the initial C, n, m, None where there was none.
@@ -209,14 +209,11 @@ def _backward(
 
     # dC: gradient of the state after a chunk, relative to the chunk's ref
     dC = torch.zeros(R, d_qk, width, dtype=exact)
-    dm = torch.zeros(R, dtype=torch.float64) if dm_last is None else dm_last.reshape(R).double()
     future = dC_last is not None or dn_last is not None
     if dC_last is not None:
         dC[..., :d_v] = dC_last.reshape(R, d_qk, d_v)
-        dm = dm - (dC_last * C_last).sum((-1, -2)).view(R)
     if dn_last is not None:
         dC[..., d_v] = dn_last.reshape(R, d_qk)
-        dm = dm - (dn_last * n_last).sum(-1).view(R)
     dC.mul_(gates.decay[N])
     dstates = torch.empty(group + 1, R, d_qk, width, dtype=dtype)
     update = torch.empty(tiles, d_qk, width, dtype=dtype) if low else dstates[:-1].view(-1, d_qk, width)
@@ -266,11 +263,11 @@ def _backward(
             dout[..., d_v + 1 :] = dden.sub_(dout[..., d_v : d_v + 1])
         # gradients of the states
         before = states[start : start + n].view(n * R, d_qk, width)
-        if a < n * R:
-            torch.bmm(queries_t[a:], dout[a:], out=update[a : n * R])
         slots, added = dstates.unbind(), update.view(-1, *dC.shape).unbind()
         if not low:
-            slots[n].copy_(dC)
+            slots[n].copy_(dC)  # before the products: it lies in the first slot
+        if a < n * R:
+            torch.bmm(queries_t[a:], dout[a:], out=update[a : n * R])
         for j in reversed(range(n)):
             c = start + j
             if low:
@@ -313,7 +310,7 @@ def _backward(
 
     column.add_(column_future)
     step = column - row - row_past
-    di, df, dm_0 = gate_gradients(gates, f, diagonal.add_(column), step, anchors, ANCHOR * L, dh_h, dm)
+    di, df, dm_0 = gate_gradients(gates, f, diagonal.add_(column), step, anchors, ANCHOR * L, dh_h, dm_last if dm_last is None else dm_last.reshape(R))
     d_tokens = (x[:, :, :T] for x in (dq, dk, dv, di.view(B, H, -1), df.view(B, H, -1)))
     if not past:
         return *d_tokens, None, None, None

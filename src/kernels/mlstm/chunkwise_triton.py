@@ -206,7 +206,7 @@ class _MLSTMChunkwise(torch.autograd.Function):
                HAS_INITIAL=has_initial, **p.matrix(), **config)  # fmt: skip
 
         # gradients of the first state are sums over all tokens that nearly cancel: they need h as it was computed
-        exact_h = True if __import__("os").environ.get("EXACT_H") else any(ctx.needs_input_grad[5:8])
+        exact_h = any(ctx.needs_input_grad[5:8])
         h = _like_tokens(p, d_v, q, torch.float32 if exact_h else q.dtype)
         den, m = (torch.empty(p.heads, p.tiles * p.BT, **fp32) for _ in range(2))
         config = p.configured("mlstm_outputs", _defaults("mlstm_outputs", p))

@@ -77,7 +77,7 @@ def chunk_gates(i: Tensor, f: Tensor, m: Tensor | None, chunk_size: int, scale: 
 
 
 def gate_gradients(
-    gates: ChunkGates, f: Tensor, di: Tensor, step: Tensor, anchors: Tensor, span: int, dh_h: Tensor, dm: Tensor
+    gates: ChunkGates, f: Tensor, di: Tensor, step: Tensor, anchors: Tensor, span: int, dh_h: Tensor, dm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of i (R, T), f (R, T or less) and of the initial maximum (R,).
 
@@ -97,10 +97,13 @@ def gate_gradients(
     if T % span:
         step = F.pad(step, (0, -T % span))
     step = step.view(R, -1, span)
-    crossing = step.cumsum(-1).sub_(step).add_(anchors.t()[..., None]).view(R, -1)[:, :T]
-    # h falls by eps / N times itself as m rises, and m is that of one token: exact sums, so that they cancel
+    after = step.cumsum(-1).add_(anchors.t()[..., None])
+    # h falls by eps / N times itself as m_t rises; the last state falls, by all the mass that crosses the end
     dm_t = tokens(dh_h).double().mul_(-EPS)
-    dm_t[:, -1] += dm
+    dm_t[:, -1] -= after[:, -1, -1]
+    if dm is not None:
+        dm_t[:, -1] += dm
+    crossing = after.sub_(step).view(R, -1)[:, :T]
     source = torch.zeros(R, T + 1, dtype=torch.float64).scatter_add_(-1, gates.origin, dm_t)
     di = source[:, 1:] + tokens(di)
     dm_0 = anchors[0] + source[:, 0]
