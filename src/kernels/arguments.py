@@ -31,9 +31,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", nargs="+", metavar="NAME=SIZE",
         help="only problems of these sizes, or one of your own with all its sizes: --op rms_norm --shape M=4096 d=512",
     )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, help="folder (default: $XLSTM_SCALING_KERNEL_TABLES or the package's)"
-    )
+    parser.add_argument("--out", type=Path, help="folder (default: $XLSTM_SCALING_KERNEL_TABLES or the package's)")
     parser.add_argument("--minutes", type=float, default=15.0, help="time to stop after (default: 15)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="compilations side by side")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -29,7 +29,6 @@ _PACKAGE = "xlstm_scaling.kernels"
 _MODULES: dict[tuple[str, str], tuple[str, ...]] = {
     ("mlstm", "torch"): ("mlstm.recurrent", "mlstm.parallel", "mlstm.chunkwise"),
     ("mlstm", "cpu"): ("mlstm.chunkwise_cpu",),
-    ("mlstm", "cpu"): ("mlstm.chunkwise_cpu",),
     ("mlstm", "triton"): ("mlstm.chunkwise_triton", "mlstm.step_triton"),
     ("linear_cross_entropy", "torch"): ("cross_entropy",),
     ("linear_cross_entropy", "triton"): ("cross_entropy_triton",),

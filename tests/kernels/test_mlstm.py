@@ -143,9 +143,7 @@ def test_gradcheck_of_the_chunkwise_form():
 
 def test_registry_names_what_there_is():
     assert {kernel.form for kernel in kernels("mlstm")} == {"step", "recurrent", "parallel", "chunkwise"}
-    with pytest.raises(
-        ValueError, match=r"no form 'fast' .* known: chunkwise, parallel, recurrent"
-    ):
+    with pytest.raises(ValueError, match=r"no form 'fast' .* known: chunkwise, parallel, recurrent"):
         get_kernel("mlstm", "fast")
     with pytest.raises(ValueError, match="no kernels for operation 'slstm'"):
         get_kernel("slstm", "step")

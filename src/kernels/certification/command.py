@@ -23,7 +23,7 @@ def add_certify_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", nargs="+", metavar="NAME", default=["float32", "bfloat16"], help=dtypes)
     add("--quick", action="store_true", help="fewer shapes; still every output and gradient of every kernel")
     add("--report-only", action="store_true", help="exit with 0 although a kernel fails: the certificate refuses it")
-    add("--threads", type=int, default=1, metavar="N", help="threads of PyTorch on the CPU (default: 1)")
+    add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU (default: 1; all beside a GPU)")
     add("--quiet", action="store_true", help="no progress bar")
     ahead = parser.add_argument_group("compile ahead of time, without a GPU")
     text = "compile the Triton kernels instead; registers, spills, shared memory, matrix units; --out: .csv or .json"
@@ -45,7 +45,8 @@ def run_certify(args: argparse.Namespace) -> int:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and args.backend != ["cpu"] else "cpu"
-    torch.set_num_threads(args.threads)
+    if args.threads is not None or device == "cpu":
+        torch.set_num_threads(args.threads or 1)
     level = "quick" if args.quick else "full"
     certificate = certify(device, args.op, args.backend, args.dtype, level, progress=not args.quiet)
     print(summary(certificate))

@@ -44,7 +44,7 @@ CASES = (
     _case("low cap", 64, 128, 64, cap=5.0, size=3.0),
     _case("more tokens than a chunk", 1500, 512, 24),
     _case("a large vocabulary", 65, 50304, 64, size=2.0, interpreted=False),
-    _case("a large model", 2050, 50304, 1024, size=2.0, device="cuda", interpreted=False),
+    _case("a wide model", 514, 50304, 512, size=2.0, device="cuda", interpreted=False),
 )
 
 

@@ -49,7 +49,7 @@ class RMSNorm(_Elementwise):
         _rms_norm("large values", 50, 64, size=300.0),
         _rms_norm("wide", 70, 4096, interpreted=False),
         _rms_norm("wider than a block", 3, 9001, interpreted=False),
-        _rms_norm("many rows", 8, 2048, 4096, device="cuda", interpreted=False),
+        _rms_norm("many rows", 4, 2048, 4096, device="cuda", interpreted=False),
     )
 
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class GatedSiLU(_Elementwise):
         _gated("one row", 1, 1, 20),
         _gated("small values", 64, 128, size=0.03),
         _gated("wide", 70, 2 * 2730, interpreted=False),
-        _gated("many rows", 8, 2048, 2 * 10944, device="cuda", interpreted=False),
+        _gated("many rows", 2, 1024, 2 * 10944, device="cuda", interpreted=False),
     )
 
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, Tensor]:

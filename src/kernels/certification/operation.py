@@ -173,7 +173,7 @@ def strict_memory() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+            warnings.filterwarnings("ignore", message="(?s).*deterministic")
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

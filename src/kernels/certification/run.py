@@ -200,7 +200,7 @@ def certify(
     found, unavailable, broken = select_kernels(device, ops, backends)
     if not found and not broken:
         raise ValueError(f"no kernels to certify on {device}" + (f": {'; '.join(unavailable)}" if unavailable else ""))
-    interpreted = INTERPRETED and "triton" in (backends or ())
+    interpreted = INTERPRETED and any(kernel.backend == "triton" for kernel in found)
     results = certify_kernels(found, device, dtypes, level, progress, interpreted)
     entries = [result.as_dict(OPERATIONS[result.kernel.op]) for result in results]
     for (op, backend), reason in broken.items():

@@ -1,17 +1,18 @@
 """mLSTM, chunkwise-parallel form for CPUs: products over groups of chunks, few passes between them, gradients by hand.
 
-Torch's matrix products are fast on a CPU, what lies between them is not: memory traffic, conversions to and from bf16,
-the overhead of each call. So the weights of the gates are factorised (see ``gates``) and enter q and k once, instead of a
-matrix of weights a chunk; the normaliser n and its gradients are one more column of C; chunks are worked on in groups
-whose scratch memory stays in the cache; and only the states before each chunk are kept for the backward pass.
+Matrix products are fast on a CPU; what lies between them is not: memory traffic, conversions to and from bf16, the
+overhead of each call. So the weights of the gates are factorised (see ``gates``) and enter q and k once, in place of a
+matrix of weights a chunk; the normaliser n and its gradients are one more column of C and of its gradients; chunks are
+worked on in groups that share scratch memory; only the states before each chunk are kept for the backward pass.
 
-In a chunk with keys k̃ = k exp(source − ref), queries q̃ = q d_qk^-1/2 exp(ref − M), values ṽ = (v, 1) and the state
-C̃ = (C, n) before it, both relative to exp(ref): P = tril(q̃ k̃ᵀ), (numerator, denominator) = P ṽ + q̃ C̃,
-h = numerator / (max(|denominator|, exp(−m)) + eps), and the state after it is C̃ + k̃ᵀ ṽ, to be rescaled to the next ref.
+In a chunk, with queries q̃ = q d_qk^-1/2 exp(ref − M), keys k̃ = k exp(source − ref), values ṽ = (v, 1) and the state
+before it C̃ = (C, n) relative to exp(ref): P = tril(q̃ k̃ᵀ), (numerator, denominator) = P ṽ + q̃ C̃,
+h = numerator / (max(|denominator|, exp(−m)) + eps); the state after it is C̃ + k̃ᵀ ṽ, rescaled to the next reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from xlstm_scaling.kernels.mlstm.gates import LOWEST, ChunkGates, chunk_gates, gate_gradients
-from xlstm_scaling.kernels.mlstm.state import EPS, MLSTMState, check_inputs, initial_state, state_dtype
+from xlstm_scaling.kernels.mlstm.state import EPS, MLSTMState, check_inputs, state_dtype
 from xlstm_scaling.kernels.registry import register
 
 #: forget pre-activation of padding: log sigmoid(1e4) = 0
 PAD_FORGET = 1e4
-#: columns of values and states beside the d_v of v: one for the normaliser, in bf16 a second for the rounded-off part of
-#: its gradient
+#: columns of ṽ and C̃ beside those of v: for the normaliser, and, in bf16, for what rounding takes from its gradient
 COLUMNS = 2
 #: bytes of P over all chunks of a group
 GROUP_BYTES = 2**20
@@ -34,21 +34,27 @@ GROUP_BYTES = 2**20
 ANCHOR = 8
 #: tokens of a chunk, unless told
 CHUNK = 64
-#: with d_qk * d_v below, bf16 inputs are multiplied in fp32, as those of fp16 always are. That is every head: products in bf16
-#: round the normaliser to 8 bits and miss the certificate (dq up to 50 times the error of the reference)
-SMALL_HEAD = 2**30
+#: with d_qk * d_v below, bf16 inputs are multiplied in fp32 too: conversions cost more than products in bf16 save
+SMALL_HEAD = 64 * 64
 
 
 @register("mlstm", form="chunkwise", backend="cpu")
 def mlstm_chunkwise_cpu(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None = None, chunk_size: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, MLSTMState]:
     """q, k (B, H, T, d_qk), v (B, H, T, d_v), i, f (B, H, T) -> h (B, H, T, d_v), last state; any T, any strides.
 
-    The same as ``mlstm_chunkwise`` (Beck et al., xLSTM, appendix), with exact first derivatives of h and of the last state
-    with respect to all inputs and the initial state. Products of bf16 run in bf16 with fp32 sums, of fp16 in fp32; gates,
-    maxima and states are fp32, all of it fp64 for fp64. ``chunk_size`` is an upper limit: where gates close so much that
-    weights within a chunk leave the range of fp32, chunks are shorter.
+    What ``mlstm_chunkwise`` computes (Beck et al., xLSTM, appendix), with exact first derivatives of h and of the last
+    state with respect to all inputs and the initial state. Gates, maxima, states and products are fp32, fp64 for fp64;
+    products of bf16 are bf16 with fp32 sums where heads are large (SMALL_HEAD) and no gradient of an initial state is
+    asked for. ``chunk_size``: tokens of a chunk at most; fewer where gates close so fast that the weights within a
+    chunk would leave the range of fp32.
     Raises ValueError on shapes that do not match and on chunks of less than one token.
     """
     check_inputs(q, k, v, i, f)
@@ -57,10 +63,14 @@ def mlstm_chunkwise_cpu(
     T = q.shape[2]
     inputs = (q, k, v, i, f, *((None,) * 3 if state is None else state))
     L = default_chunk_size(T) if chunk_size is None else min(chunk_size, T)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        h, *last = _Chunkwise.apply(*inputs, L)
+    graded = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    # the gradient of the initial m is what is left of a sum over all tokens: it needs products in fp32
+    low = q.dtype == torch.bfloat16 and q.shape[-1] * v.shape[-1] >= SMALL_HEAD and not any(graded[5:])
+    dtype = torch.bfloat16 if low else state_dtype(q.dtype)
+    if any(graded):
+        h, *last = _Chunkwise.apply(*inputs, L, dtype)
     else:
-        h, *last, _ = _forward(*inputs, L, keep=False)
+        h, *last, _ = _forward(*inputs, L, dtype, keep=False)
     return h, MLSTMState(*last)
 
 
@@ -72,46 +82,47 @@ def default_chunk_size(T: int) -> int:
 class _Chunkwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, chunk_size = inputs
+        *tensors, chunk_size, dtype = inputs
         ctx.set_materialize_grads(False)
         # detached, or each view of an input would be tracked
         detached = [None if x is None else x.detach() for x in tensors]
-        h, C, n, m, ctx.kept = _forward(*detached, chunk_size, keep=True)
+        h, C, n, m, kept = _forward(*detached, chunk_size, dtype, keep=True)
         q, k, v, _, f, *_ = tensors
-        ctx.save_for_backward(q, k, v, f, h)
+        ctx.save_for_backward(q, k, v, f, h, kept.states)
+        ctx.kept = kept._replace(states=None)
         ctx.dtypes = [None if x is None else x.dtype for x in tensors]
         return h, C, n, m
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = (x.detach() for x in ctx.saved_tensors)
-        gradients = _backward(ctx.kept, *saved, *d_outputs)
-        return *(x if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes)), None
+        *saved, states = (x.detach() for x in ctx.saved_tensors)
+        gradients = _backward(ctx.kept._replace(states=states), *saved, *d_outputs)
+        return *(x if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes)), None, None
 
 
 class _Kept(NamedTuple):
     """What the forward pass leaves for the backward pass, apart from its inputs and outputs."""
 
     gates: ChunkGates
-    states: Tensor  #: (N·R, d_qk, d_v + COLUMNS), and one more state if not in bf16
+    states: Tensor | None  #: C̃ (N, R, d_qk, d_v + COLUMNS), one state more if not in bf16
     denominator: Tensor  #: (N, R, L, 1)
     inverse: Tensor  #: (N, R, L, 1), of the normaliser
+    inverse_low: Tensor  #: the same in the dtype of products
     past: bool  #: an initial state was given
     group: int  #: chunks a group
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
-    C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, chunk_size: int, keep: bool,
+    C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, chunk_size: int, dtype: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, _Kept | None]:  # fmt: skip
-    """h, C, n, m and, if ``keep``, what the backward pass needs. R = B·H heads; tiles are chunks of heads, chunk first."""
+    """h, C, n, m and, if ``keep``, what the backward pass needs. R = B·H heads; tiles: heads of chunks."""
     B, H, T, d_qk = q.shape
     d_v = v.shape[-1]
     R, width = B * H, d_v + COLUMNS
     exact = state_dtype(q.dtype)
-    low = q.dtype == torch.bfloat16 and d_qk * d_v >= SMALL_HEAD
-    dtype = q.dtype if low else exact
+    low = dtype != exact
     pad = -T % chunk_size
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
@@ -140,14 +151,15 @@ def _forward(
         torch.empty(tiles, L, L, dtype=dtype),
     )
     scratch[2][..., d_v:] = _unit(dtype)
-    chunked = [_tiles(x, L) for x in (q, k, v, h)]
-    weights = [x.view(N, B, H, L, 1) for x in (gates.query.to(dtype), gates.key, inverse)]
-    vectors = [x.view(N * R, L, 1) for x in (gates.floor, denominator, inverse)]
+    inverse_low = torch.empty(N, R, L, 1, dtype=dtype) if low else inverse
+    weights = gates.query.to(dtype), gates.key, inverse_low
+    chunked = [_tiles(x, L) for x in (q, k, v, h)] + [x.view(N, B, H, L, 1) for x in weights]
+    vectors = [x.view(N * R, L, 1) for x in (gates.floor, denominator, inverse, inverse_low)]
     for start in range(0, N, group):
         n = min(group, N - start)
-        q5, k5, v5, h5, query, key, inv5 = (x[start : start + n] for x in (*chunked, *weights))
-        floor, den, inv = (x[start * R : (start + n) * R] for x in vectors)
-        queries, keys, values, outputs, P = scratch if n == group else (x[: n * R] for x in scratch)
+        q5, k5, v5, h5, query, key, inv5 = _cut(chunked, start, start + n)
+        floor, den, inv, inv_low = _cut(vectors, start * R, (start + n) * R)
+        queries, keys, values, outputs, P = _cut(scratch, 0, n * R)
         shape = n, B, H, L
         torch.mul(q5, query, out=queries.view_as(q5))
         torch.mul(k5, key, out=keys.view_as(k5))
@@ -177,9 +189,11 @@ def _forward(
             outputs[a:].baddbmm_(queries[a:], states[first : first + n].view(n * R, d_qk, width)[a:])
         den.add_(column) if low else den.copy_(column)
         torch.maximum(den.abs(), floor, out=inv).add_(EPS).reciprocal_()
-        torch.mul(outputs.view(*shape, width)[..., :d_v], inv5.to(dtype), out=h5)
+        if low:
+            inv_low.copy_(inv)
+        torch.mul(outputs.view(*shape, width)[..., :d_v], inv5, out=h5)
     C_last, n_last = C[..., :d_v].reshape(B, H, d_qk, d_v), C[..., d_v].reshape(B, H, d_qk)
-    kept = _Kept(gates, states, denominator, inverse, past, group) if keep else None
+    kept = _Kept(gates, states, denominator, inverse, inverse_low, past, group) if keep else None
     return h[:, :, :T], C_last, n_last, gates.m.view(B, H), kept
 
 
@@ -193,7 +207,7 @@ def _backward(
     gradient of the log-weight of a pair is its mass G = P ∘ dP, dP = (d numerator, d denominator) ṽᵀ: i_s receives all
     mass that leaves s, log σ(f_u) all that crosses u.
     """
-    gates, states, denominator, inverse, past, group = kept
+    gates, states, denominator, inverse, inverse_low, past, group = kept
     B, H, T, d_qk = q.shape
     d_v = v.shape[-1]
     N, R, L, _ = inverse.shape
@@ -227,25 +241,19 @@ def _backward(
     scratch[3][..., d_v:] = _unit(dtype)
     scratch[4][..., d_v + 1 :] = 0
     sign = denominator.sign().mul_(denominator.abs() > gates.floor).neg_()
-    inverse_low = inverse.to(dtype)
     if low:  # dh·h below has the rounded inverse twice
         sign.mul_(inverse).div_(inverse_low)
     # mass at (into the past: row, from the future: column) each token, and across the start of every ANCHOR-th chunk
     diagonal, row, row_past, column, column_future, dh_h = torch.zeros(6, N * R, L, 1, dtype=exact).unbind()
     anchors = torch.zeros(-(-N // ANCHOR), R, dtype=exact)
-    query = gates.query.to(dtype)
-    chunked = [_tiles(x, L) for x in (q, k, v, h, dh, dq, dk, dv)]
-    weights = [x.view(N, B, H, L, 1) for x in (query, gates.key, gates.key.to(dtype), inverse_low)]
+    weights = gates.query.to(dtype), gates.key, gates.key.to(dtype), inverse_low
+    chunked = [_tiles(x, L) for x in (q, k, v, h, dh, dq, dk, dv)] + [x.view(N, B, H, L, 1) for x in weights]
     vectors = [x.view(N * R, L, 1) for x in (sign, dh_h, diagonal, row, row_past, column, column_future)]
     for start in reversed(range(0, N, group)):
         n = min(group, N - start)
-        q5, k5, v5, h5, dh5, dq5, dk5, dv5, query, key, key_low, inv5 = (
-            x[start : start + n] for x in (*chunked, *weights)
-        )
-        sgn, s, diag, ro, ro_past, co, co_future = (x[start * R : (start + n) * R] for x in vectors)
-        queries, keys, narrow, values, dout, wide, P_t, dP_t, mass = (
-            scratch if n == group else (x[: n * R] for x in scratch)
-        )
+        q5, k5, v5, h5, dh5, dq5, dk5, dv5, query, key, key_low, inv5 = _cut(chunked, start, start + n)
+        sgn, s, diag, ro, ro_past, co, co_future = _cut(vectors, start * R, (start + n) * R)
+        queries, keys, narrow, values, dout, wide, P_t, dP_t, mass = _cut(scratch, 0, n * R)
         shape = n, B, H, L
         a = 0 if past or start else R  # tiles with a past
         z = n * R if future or start + n < N else (n - 1) * R  # tiles with a future
@@ -310,11 +318,17 @@ def _backward(
 
     column.add_(column_future)
     step = column - row - row_past
-    di, df, dm_0 = gate_gradients(gates, f, diagonal.add_(column), step, anchors, ANCHOR * L, dh_h, dm_last if dm_last is None else dm_last.reshape(R))
+    dm = None if dm_last is None else dm_last.reshape(R)
+    di, df, dm_0 = gate_gradients(gates, f, diagonal.add_(column), step, anchors, ANCHOR * L, dh_h, dm)
     d_tokens = (x[:, :, :T] for x in (dq, dk, dv, di.view(B, H, -1), df.view(B, H, -1)))
     if not past:
         return *d_tokens, None, None, None
     return *d_tokens, dC[..., :d_v].reshape(B, H, d_qk, d_v), dC[..., d_v].reshape(B, H, d_qk), dm_0.view(B, H)
+
+
+def _cut(tensors: Sequence[Tensor], start: int, end: int) -> Sequence[Tensor]:
+    """A range of the first axis of each."""
+    return tensors if len(tensors[0]) == end - start else [x[start:end] for x in tensors]
 
 
 def _tiles(x: Tensor, L: int) -> Tensor:

@@ -190,7 +190,10 @@ class _MLSTMChunkwise(torch.autograd.Function):
                i_ptr=i_in, f_ptr=f, input_ptr=i, b_ptr=b, r_ptr=r, g_ptr=g, **_strides("i", i_in), **_strides("f", f),
                H=H, T=T, TILES=p.tiles, BT=p.BT, ROWS=rows)  # fmt: skip
 
-        C = torch.empty(p.heads, p.chunks, d_qk, d_v, dtype=p.state_dtype, device=q.device)
+        # gradients of the first state are sums over all tokens that nearly cancel: they need h and C as computed
+        exact = any(ctx.needs_input_grad[5:8])
+        C_dtype = torch.float32 if exact else p.state_dtype
+        C = torch.empty(p.heads, p.chunks, d_qk, d_v, dtype=C_dtype, device=q.device)
         n = torch.empty(p.heads, p.chunks, d_qk, **fp32)
         m_tile = torch.empty(p.heads, p.tiles + 1, **fp32)
         C_last, n_last = torch.empty(B, H, d_qk, d_v, **fp32), torch.empty(B, H, d_qk, **fp32)
@@ -205,9 +208,7 @@ class _MLSTMChunkwise(torch.autograd.Function):
                C_last_ptr=C_last, n_last_ptr=n_last, m_last_ptr=m_last, **_strides("k", k), **_strides("v", v),
                HAS_INITIAL=has_initial, **p.matrix(), **config)  # fmt: skip
 
-        # gradients of the first state are sums over all tokens that nearly cancel: they need h as it was computed
-        exact_h = any(ctx.needs_input_grad[5:8])
-        h = _like_tokens(p, d_v, q, torch.float32 if exact_h else q.dtype)
+        h = _like_tokens(p, d_v, q, torch.float32 if exact else q.dtype)
         den, m = (torch.empty(p.heads, p.tiles * p.BT, **fp32) for _ in range(2))
         config = p.configured("mlstm_outputs", _defaults("mlstm_outputs", p))
         launch(outputs_kernel, (triton.cdiv(d_v, config["BV"]) * p.tiles * p.heads,),
@@ -248,7 +249,8 @@ class _MLSTMChunkwise(torch.autograd.Function):
                   "inv_n_ptr": inv_n, **_strides("q", q), **_strides("dh", dh), "scale": scale}  # fmt: skip
         config = p.configured("mlstm_state_gradients", _defaults("mlstm_state_gradients", p))
         blocks = triton.cdiv(d_qk, config["BK"]) * triton.cdiv(d_v, config["BV"])
-        dC, dn = torch.empty_like(C), torch.empty_like(n)
+        dC = torch.empty(C.shape, dtype=torch.float32 if has_last else C.dtype, device=C.device)
+        dn = torch.empty_like(n)
         passing = torch.empty(blocks, p.heads, p.chunks, **fp32)
         dC0, dn0 = torch.empty(B, H, d_qk, d_v, **fp32), torch.empty(B, H, d_qk, **fp32)
         launch(state_gradients_kernel, (blocks * p.heads,), **shared, dden_ptr=dden, C_ptr=C, n_ptr=n,

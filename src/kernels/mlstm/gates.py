@@ -1,13 +1,13 @@
-"""Gates of a chunkwise mLSTM as weights of keys and queries that factorise, and the way back to gate gradients.
+"""Gates of a chunkwise mLSTM as weights of keys and of queries, and the way back to the gradients of gates.
 
-With b_t = Σ_{u ≤ t} log σ(f_u) and source_s = i_s − b_s, the maximum of the log-weights of token t is m_t = b_t + M_t with
-M_t = max(m_0, max_{s ≤ t} source_s), and the weight of token s in it is
+With b_t = Σ_{u ≤ t} log σ(f_u) and source_s = i_s − b_s, the maximum of the log-weights of token t is m_t = b_t + M_t,
+M_t = max(m_0, max_{s ≤ t} source_s), and the weight of token s in token t is
 
-    exp(D_ts − m_t) = exp(source_s − ref) · exp(ref − M_t)      for any reference ``ref``.
+    exp(b_t − b_s + i_s − m_t) = exp(source_s − ref) · exp(ref − M_t)      for any reference ``ref``.
 
-M never falls, so with one reference a chunk, in the middle of the range that M runs through there, both factors of all
-pairs s ≤ t stay within exp(±RANGE / 2). Chunks in which M rises by more than RANGE are cut into shorter ones. b and M are
-accumulated in float64: over 65,536 tokens of closed gates b reaches −10⁶.
+M never falls. So with one reference a chunk, in the middle of what M runs through there, both factors of a pair s ≤ t
+stay below exp(RANGE / 2); chunks in which M rises by more than RANGE are cut into shorter ones. b and M are float64:
+over 65,536 tokens of closed gates b falls to −10⁶.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from xlstm_scaling.kernels.mlstm.state import EPS
 
-#: largest rise of M within a chunk: exp(±RANGE / 2) times activations and their gradients stay normal fp32 and bf16 numbers
+#: largest rise of M within a chunk: exp(±RANGE / 2) times an activation or its gradient is a normal number in fp32
 RANGE = 80.0
-#: no source lies below: exp of a difference to it is 0, and it is finite
+#: no source lies below: the exponential of a difference to it is 0, and the difference is finite
 LOWEST = -1e30
 
 
@@ -41,50 +41,60 @@ class ChunkGates(NamedTuple):
 
 
 def chunk_gates(i: Tensor, f: Tensor, m: Tensor | None, chunk_size: int, scale: float) -> ChunkGates:
-    """Gate pre-activations i, f (R, T) and the initial maximum m (R,), 0 if None; ``chunk_size`` divides T.
+    """Gate pre-activations i, f (R, T), initial maximum m (R,), 0 if None; T is a multiple of ``chunk_size``.
 
-    Chunks may come out shorter, by a factor that divides ``chunk_size``.
+    Where M rises too steeply chunks are shorter, by a divisor of ``chunk_size``.
     """
     R, T = i.shape
     b = F.logsigmoid(f).cumsum(-1, dtype=torch.float64)
-    source = torch.empty(R, T + 1, dtype=torch.float64)
+    source = torch.empty(R, T + 1, dtype=torch.float64)  # the initial state first
     source[:, 0] = 0 if m is None else m
     torch.sub(i, b, out=source[:, 1:])
     M, origin = source.clamp_(min=LOWEST).cummax(-1)
+    m_t = b.add_(M[:, 1:])
 
     L = chunk_size
-    while True:
-        bounds = M[:, ::L].t()  # (N + 1, R)
-        rise = bounds[1:] - bounds[:-1]
-        if L == 1 or rise.max().item() <= RANGE:
-            break
-        L = next(shorter for shorter in range(L // 2, 0, -1) if L % shorter == 0)
+    bounds, rise = _bounds(M, L)
+    if rise.max().item() > RANGE:
+        # a steep rise leaves less than exp(−RANGE / 2) of what was before, in fp64 too as good as nothing
+        excess = (M[:, 1:] - M[:, :-1]).sub_(RANGE / 2).clamp_(min=0).cumsum(-1)
+        source[:, 1:] -= excess
+        M[:, 1:] -= excess
+        bounds, rise = _bounds(M, L)
+        while L > 1 and rise.max().item() > RANGE:
+            L = next(shorter for shorter in range(L // 2, 0, -1) if L % shorter == 0)
+            bounds, rise = _bounds(M, L)
     N = T // L
     ref = torch.empty(N + 2, R, dtype=torch.float64)
     ref[:: N + 1] = bounds[::N]
-    torch.sub(bounds[1:], rise.mul_(0.5).clamp_(max=RANGE / 2), out=ref[1:-1])
+    torch.sub(bounds[1:], rise.mul_(0.5), out=ref[1:-1])
 
     weights = torch.empty(3, N, R, L, 1, dtype=i.dtype)
-    chunks = (N, R, L), (L, T + 1, 1)
+    in_chunks = (N, R, L), (L, T + 1, 1), 1
     middle = ref[1:-1, :, None]
-    torch.sub(source.as_strided(*chunks, 1), middle, out=weights[0, ..., 0])
-    torch.sub(middle, M.as_strided(*chunks, 1), out=weights[1, ..., 0])
-    m_t = b.add_(M[:, 1:]).neg_()
-    weights[2, ..., 0] = m_t.view(R, N, L).transpose(0, 1)
+    torch.sub(source.as_strided(*in_chunks), middle, out=weights[0, ..., 0])
+    torch.sub(middle, M.as_strided(*in_chunks), out=weights[1, ..., 0])
+    weights[2, ..., 0] = (-m_t).view(R, N, L).transpose(0, 1)
     key, query, floor = weights.exp_().unbind()
     decay = (ref[:-1] - ref[1:]).to(i.dtype).exp_()[..., None, None].unbind()
-    return ChunkGates(L, key, query.mul_(scale), floor, decay, origin[:, 1:], m_t[:, -1].neg().to(i.dtype))
+    return ChunkGates(L, key, query.mul_(scale), floor, decay, origin[:, 1:], m_t[:, -1].to(i.dtype))
+
+
+def _bounds(M: Tensor, L: int) -> tuple[Tensor, Tensor]:
+    """M at the bounds of chunks (N + 1, R), its rise within them (N, R)."""
+    bounds = M[:, ::L].t()
+    return bounds, bounds[1:] - bounds[:-1]
 
 
 def gate_gradients(
     gates: ChunkGates, f: Tensor, di: Tensor, step: Tensor, anchors: Tensor, span: int, dh_h: Tensor, dm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of i (R, T), f (R, T or less) and of the initial maximum (R,).
+    """Gradients of i (R, T), of f (R, at most T) and of the initial maximum (R,).
 
-    di, step, dh_h (N, R, L) in any shape: mass that leaves a token; what it leaves less what arrives at it, both without
-    the token's weight on itself; the product of h and its gradient. anchors (·, R): mass across every ``span``-th token, from
-    the first.
-    dm (R,): gradient of the last maximum.
+    The mass of a pair is its part of the gradient of log-weights: i_s receives all that leaves s, log σ(f_u) all that
+    crosses u, from before u to u or later. di (N, R, L), in any shape: mass that leaves a token. step: what leaves it
+    less what arrives at it, without what stays. anchors (·, R): mass that crosses every ``span``-th token, from the
+    first. dh_h: the product of h with its gradient. dm (R,): gradient of the last maximum.
     """
     R, T = gates.origin.shape
     L = gates.chunk_size
@@ -98,7 +108,7 @@ def gate_gradients(
         step = F.pad(step, (0, -T % span))
     step = step.view(R, -1, span)
     after = step.cumsum(-1).add_(anchors.t()[..., None])
-    # h falls by eps / N times itself as m_t rises; the last state falls, by all the mass that crosses the end
+    # as m_t rises h falls, by eps / N of itself, and the last state by all of it: the mass that crosses the end
     dm_t = tokens(dh_h).double().mul_(-EPS)
     dm_t[:, -1] -= after[:, -1, -1]
     if dm is not None:

@@ -54,7 +54,11 @@ def key_gradients_kernel(
     for first_v in range(0, D_V, BC):
         v = load_tile(v_ptr, source, v_st, first_v, T, D_V, BT, BC)
         dC = load_state(dC_ptr + chunk * D_QK * D_V, first_k, first_v, D_QK, D_V, BK, BC)
-        acc = dot(v.to(MMA), tl.trans(dC.to(MMA)), acc, PRECISION)
+        rounded = cast(dC, MMA)
+        acc = dot(v.to(MMA), tl.trans(rounded), acc, PRECISION)
+        if dC.dtype != MMA:  # a gradient of the last state is given: one rounding for all tokens would add up
+            rest = cast(dC.to(tl.float32) - rounded.to(tl.float32), MMA)
+            acc = dot(v.to(MMA), tl.trans(rest), acc, PRECISION)
     acc += tl.load(dn_ptr + chunk * D_QK + dk, mask=dk < D_QK, other=0.0)[None, :]
     acc *= tl.exp((m_next - tl.load(m_tile_ptr + end)) + sum_between(g_ptr, source + 1, end, WIDTH))
     k = load_tile(k_ptr, source, k_st, first_k, T, D_QK, BT, BK)

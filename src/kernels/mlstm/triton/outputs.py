@@ -50,7 +50,7 @@ def outputs_kernel(
         q = load_tile(q_ptr, tile, q_st, first_k, T, D_QK, BT, BC)
         C = load_state(C_ptr + chunk * D_QK * D_V, first_k, first_v, D_QK, D_V, BC, BV)
         n = tl.load(n_ptr + chunk * D_QK + dk, mask=dk < D_QK, other=0.0)
-        acc = dot(q.to(MMA), C.to(MMA), acc, PRECISION)
+        acc = dot(q.to(MMA), cast(C, MMA), acc, PRECISION)
         den += tl.sum(q.to(tl.float32) * n[None, :], 1)
     step = tl.exp((tl.load(m_tile_ptr + start) - m_i) + sum_between(g_ptr, start, tile, WIDTH)) * scale
     acc *= step

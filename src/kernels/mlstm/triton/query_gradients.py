@@ -56,7 +56,7 @@ def query_gradients_kernel(
     for first_v in range(0, D_V, BC):
         dh = load_tile(dh_ptr, tile, dh_st, first_v, T, D_V, BT, BC)
         C = load_state(C_ptr + chunk * D_QK * D_V, first_k, first_v, D_QK, D_V, BK, BC)
-        acc = dot(dh.to(MMA), tl.trans(C.to(MMA)), acc, PRECISION)
+        acc = dot(dh.to(MMA), tl.trans(cast(C, MMA)), acc, PRECISION)
     n = tl.load(n_ptr + chunk * D_QK + dk, mask=dk < D_QK, other=0.0)
     acc = acc * inv_n[:, None] + dden[:, None] * n[None, :]
     acc *= tl.exp((tl.load(m_tile_ptr + start) - m_i) + sum_between(g_ptr, start, tile, WIDTH))

@@ -47,7 +47,7 @@ def value_gradients_kernel(
     for first_k in range(0, D_QK, BC):
         k = load_tile(k_ptr, source, k_st, first_k, T, D_QK, BT, BC)
         dC = load_state(dC_ptr + chunk * D_QK * D_V, first_k, first_v, D_QK, D_V, BC, BV)
-        acc = dot(k.to(MMA), dC.to(MMA), acc, PRECISION)
+        acc = dot(k.to(MMA), cast(dC, MMA), acc, PRECISION)
     acc *= tl.exp((m_next - tl.load(m_tile_ptr + end)) + sum_between(g_ptr, source + 1, end, WIDTH))
 
     # the tiles after, in the chunk
