@@ -50,6 +50,7 @@ class Case:
     quick: bool = False  # also part of the quick certification
     interpreted: bool = True  # small enough for Triton's interpreter
     device: str | None = None  # there only
+    float16: bool = True  # its values are within the range of fp16
     vanishing: tuple[str, ...] = ()
     draw: int = 0  # seeds the inputs, with the name
 

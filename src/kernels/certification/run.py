@@ -160,7 +160,8 @@ def certify_kernels(
         mine = [kernel for kernel in found if kernel.op == name]
         for case in select_cases(operation, device, level, interpreted) if mine else []:
             takers = [kernel for kernel in mine if operation.takes(kernel.form, case)]
-            work += [(operation, case, dtype, takers) for dtype in dtypes if takers]
+            held = [dtype for dtype in dtypes if dtype != "float16" or case.float16]
+            work += [(operation, case, dtype, takers) for dtype in held if takers]
     bar = tqdm(total=sum(len(takers) for *_, takers in work), desc="certify", unit="check", disable=not progress)
     with bar, strict_memory():
         for operation, case, dtype, takers in work:
