@@ -44,7 +44,7 @@ find_package()
 import torch  # noqa: E402
 
 from xlstm_scaling.accounting.hardware import DEVICES, Device, find_device  # noqa: E402
-from xlstm_scaling.kernels import problems, roofline  # noqa: E402
+from xlstm_scaling.kernels import problems, roofline, select  # noqa: E402
 from xlstm_scaling.kernels.problems import Problem, gradient_like  # noqa: E402
 
 #: relative root mean square error against the float32 reference above which an implementation is wrong
@@ -514,7 +514,11 @@ def gpu_others(cases, clock, seconds, peaks, datasheet, out):
 
 def cpu_mlstm(lengths, dtypes, clock, seconds, out):
     """mLSTM against mlstm_kernels' native ones, forward + backward, two threads."""
-    contenders = {"ours": ours("cpu"), "ours, backend torch": plain("chunkwise"), **peers("cpu")}
+    fastest = select("mlstm", "cpu", "chunkwise").backend
+    contenders = {"ours": ours(fastest), "ours, backend torch": plain("chunkwise"), **peers("cpu")}
+    if fastest != "cpu":
+        contenders["ours, backend cpu"] = ours("cpu")
+    out.summary["cpu_backend"] = fastest
     for T in lengths:
         for dtype in dtypes:
             problem = problems.mlstm(8, 2, T, 64, 128, dtype)

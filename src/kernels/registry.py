@@ -12,6 +12,8 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from xlstm_scaling.kernels.cpp import build
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -25,10 +27,12 @@ class Kernel:
 
 _PACKAGE = "xlstm_scaling.kernels"
 #: modules that hold implementations, by (operation, backend); imported on demand. ``torch`` runs anywhere and is the
-#: reference, ``cpu`` is written for CPUs, ``triton`` for GPUs.
+#: reference, ``cpu`` is PyTorch written for CPUs, ``cpp`` C++ compiled by the machine that runs it, ``triton`` is for
+#: GPUs.
 _MODULES: dict[tuple[str, str], tuple[str, ...]] = {
     ("mlstm", "torch"): ("mlstm.recurrent", "mlstm.parallel", "mlstm.chunkwise"),
     ("mlstm", "cpu"): ("mlstm.chunkwise_cpu",),
+    ("mlstm", "cpp"): ("mlstm.chunkwise_cpp",),
     ("mlstm", "triton"): ("mlstm.chunkwise_triton", "mlstm.step_triton"),
     ("linear_cross_entropy", "torch"): ("cross_entropy",),
     ("linear_cross_entropy", "triton"): ("cross_entropy_triton",),
@@ -77,7 +81,7 @@ def get_kernel(op: str, form: str, backend: str = "torch") -> Callable:
 
 
 #: where ``auto`` looks first, by type of device
-_PREFERRED = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
+_PREFERRED = {"cuda": ("triton", "torch"), "cpu": ("cpp", "cpu", "torch")}
 #: forms from fast to plain
 _FORMS = ("fused", "chunked", "reference")
 
@@ -85,6 +89,8 @@ _FORMS = ("fused", "chunked", "reference")
 def _usable(op: str, backend: str, double: bool) -> bool:
     if (op, backend) not in _MODULES:
         return False
+    if backend == "cpp":
+        return build.usable(op)
     return backend != "triton" or (not double and importlib.util.find_spec("triton") is not None)
 
 

@@ -16,7 +16,7 @@ from xlstm_scaling.study.files import digest
 from xlstm_scaling.study.machine import resolve_compute_dtype
 
 #: raised whenever a change of the training code changes losses; part of every run's identity
-BEHAVIOUR_VERSION = 2
+BEHAVIOUR_VERSION = 3
 
 
 class PlanError(ConfigError):

@@ -107,7 +107,8 @@ def versions() -> dict[str, str | None]:
 
 def source_files(folder: Path = KERNELS) -> list[Path]:
     """What a certificate depends on: code, and the tables of configurations."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".json") and path.is_file())
+    suffixes = (".py", ".json", ".cpp", ".hpp")
+    return sorted(path for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
 
 
 def source_digest(folder: Path = KERNELS) -> str:

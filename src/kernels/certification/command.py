@@ -17,7 +17,7 @@ def add_certify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, metavar="FILE", help="write the certificate here (JSON)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda where there is one (default)")
-    add("--backend", nargs="+", metavar="NAME", help="only these: torch, cpu, triton (default: the device's)")
+    add("--backend", nargs="+", metavar="NAME", help="only these: torch, cpu, cpp, triton (default: the device's)")
     add("--op", nargs="+", metavar="NAME", help="only these operations, e.g. mlstm rms_norm")
     dtypes = "float32, bfloat16, float16 (default: float32 bfloat16)"
     add("--dtype", nargs="+", metavar="NAME", default=["float32", "bfloat16"], help=dtypes)
@@ -44,7 +44,8 @@ def run_certify(args: argparse.Namespace) -> int:
 
     device = args.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() and args.backend != ["cpu"] else "cpu"
+        for_cpu = args.backend and {"cpu", "cpp"}.issuperset(args.backend)
+        device = "cuda" if torch.cuda.is_available() and not for_cpu else "cpu"
     if args.threads is not None or device == "cpu":
         torch.set_num_threads(args.threads or 1)
     level = "quick" if args.quick else "full"

@@ -30,6 +30,7 @@ from xlstm_scaling.kernels.certification.cross_entropy import LinearCrossEntropy
 from xlstm_scaling.kernels.certification.elementwise import GatedSiLU, HeadNormGate, RMSNorm
 from xlstm_scaling.kernels.certification.mlstm import MLSTM
 from xlstm_scaling.kernels.certification.operation import Case, Operation, Problem, strict_memory
+from xlstm_scaling.kernels.cpp import build
 from xlstm_scaling.kernels.registry import Kernel
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation for operation in (MLSTM(), LinearCrossEntropy(), RMSNorm(), HeadNormGate(), GatedSiLU())
 }
 #: backends whose kernels run on a device
-BACKENDS = {"cpu": ("torch", "cpu"), "cuda": ("torch", "triton")}
+BACKENDS = {"cpu": ("torch", "cpu", "cpp"), "cuda": ("torch", "triton")}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -96,7 +97,7 @@ class Result:
 def select_kernels(
     device: str, ops: Sequence[str] | None = None, backends: Sequence[str] | None = None
 ) -> tuple[list[Kernel], list[str], dict[tuple[str, str], str]]:
-    """Kernels of a device; what is not available (Triton not installed); what cannot be imported, by (op, backend).
+    """Kernels of a device; what is not available (no Triton, no compiler); what cannot be imported, by (op, backend).
 
     Raises ValueError for unknown names, or kernels that cannot run on this device.
     """
@@ -121,6 +122,12 @@ def select_kernels(
     for op, backend in registry._MODULES:
         if backend not in (backends or BACKENDS[kind]) or op not in (ops or OPERATIONS):
             continue
+        if backend == "cpp":
+            try:
+                build.library(op)
+            except build.BuildError as error:
+                unavailable.append(f"{op} ({backend}): {error}")
+                continue
         try:
             found += registry.kernels(op, backend)
         except ModuleNotFoundError as error:

@@ -17,22 +17,13 @@ from xlstm_scaling.study.plan import RunSpec
 
 log = logging.getLogger(__name__)
 
-#: operations that a model leaves to the fastest kernel of the device, by architecture
-OPERATIONS = {
-    "xlstm": ("rms_norm", "head_norm_gate", "gated_silu", "linear_cross_entropy"),
-    "transformer": ("rms_norm", "gated_silu", "linear_cross_entropy"),
-}
-#: options of the model that choose its mLSTM, and their defaults
-MLSTM_OPTIONS = {"kernel_form": "chunkwise", "kernel_backend": "auto"}
-
 
 def used_kernels(spec: RunSpec, device: str) -> list[KernelUse]:
     """The kernels that train a run on a device, with the dtype they compute in: (operation, form, backend, dtype)."""
-    form, backend = (spec.model_options.get(key, default) for key, default in MLSTM_OPTIONS.items())
-    ops = [(op, None, "auto") for op in OPERATIONS[spec.arch]]
-    if spec.arch == "xlstm":
-        ops.insert(0, ("mlstm", form, backend))
-    selected = [select(op, device.split(":")[0], form, backend) for op, form, backend in ops]
+    from xlstm_scaling.models import MODELS  # models import kernels
+
+    asked = MODELS[spec.arch].operations(**spec.model_options)
+    selected = [select(op, device.split(":")[0], form, backend) for op, form, backend in asked]
     return [(kernel.op, kernel.form, kernel.backend, spec.compute_dtype) for kernel in selected]
 
 

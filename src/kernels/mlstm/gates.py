@@ -87,14 +87,13 @@ def _bounds(M: Tensor, L: int) -> tuple[Tensor, Tensor]:
 
 
 def gate_gradients(
-    gates: ChunkGates, f: Tensor, di: Tensor, step: Tensor, anchors: Tensor, span: int, dh_h: Tensor, dm: Tensor | None
+    gates: ChunkGates, f: Tensor, leaving: Tensor, crossing: Tensor, end: Tensor, dh_h: Tensor, dm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of i (R, T), of f (R, at most T) and of the initial maximum (R,).
 
     The mass of a pair is its part of the gradient of log-weights: i_s receives all that leaves s, log σ(f_u) all that
-    crosses u, from before u to u or later. di (N, R, L), in any shape: mass that leaves a token. step: what leaves it
-    less what arrives at it, without what stays. anchors (·, R): mass that crosses every ``span``-th token, from the
-    first. dh_h: the product of h with its gradient. dm (R,): gradient of the last maximum.
+    crosses u, from before u to u or later. leaving, crossing (N, R, L), in any shape: those masses. end (R,): what
+    crosses the end. dh_h, like leaving: the product of h with its gradient. dm (R,): gradient of the last maximum.
     """
     R, T = gates.origin.shape
     L = gates.chunk_size
@@ -102,21 +101,15 @@ def gate_gradients(
     def tokens(x: Tensor) -> Tensor:
         return x.view(-1, R, L).transpose(0, 1).reshape(R, T)
 
-    # across a token goes what crosses the anchor before it, plus the steps between
-    step = tokens(step)
-    if T % span:
-        step = F.pad(step, (0, -T % span))
-    step = step.view(R, -1, span)
-    after = step.cumsum(-1).add_(anchors.t()[..., None])
+    crossing = tokens(crossing)
     # as m_t rises h falls, by eps / N of itself, and the last state by all of it: the mass that crosses the end
     dm_t = tokens(dh_h).double().mul_(-EPS)
-    dm_t[:, -1] -= after[:, -1, -1]
+    dm_t[:, -1] -= end
     if dm is not None:
         dm_t[:, -1] += dm
-    crossing = after.sub_(step).view(R, -1)[:, :T]
     source = torch.zeros(R, T + 1, dtype=torch.float64).scatter_add_(-1, gates.origin, dm_t)
-    di = source[:, 1:] + tokens(di)
-    dm_0 = anchors[0] + source[:, 0]
+    di = source[:, 1:] + tokens(leaving)
+    dm_0 = crossing[:, 0] + source[:, 0]
     source[:, 1:] -= dm_t
     d_log = source.cumsum(-1)[:, :T].add_(crossing)
     f = f.reshape(R, -1)
