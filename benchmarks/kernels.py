@@ -82,12 +82,23 @@ def peer(name, **options):
     return call
 
 
+def native_peer(name):
+    """One in PyTorch: gates in the dtype of q, and so its products."""
+
+    def call(problem, x):
+        dtype = x["q"].dtype
+        gates = {gate: x[gate].to(dtype) for gate in ("i", "f")}
+        return peer(name, autocast_kernel_dtype=dtype)(problem, x | gates)
+
+    return call
+
+
 def peers(device):
     """mlstm_kernels' implementations for a device by name, empty where it is not installed."""
     if importlib.util.find_spec("mlstm_kernels") is None:
         return {}
     if device == "cpu":
-        return {name: peer(name) for name in ("native_custbw", "native_autograd")}
+        return {name: native_peer(name) for name in ("native_custbw", "native_autograd")}
     return {
         "triton_xl_chunk (128)": peer("triton_xl_chunk", chunk_size=128, autocast_kernel_dtype=torch.bfloat16),
         "triton_xl_chunk (256)": peer("triton_xl_chunk", chunk_size=256, autocast_kernel_dtype=torch.bfloat16),

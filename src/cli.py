@@ -65,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     certification.add_certify_arguments(commands.add_parser("certify", help=text, description=text))
     text = "measure configurations of the Triton kernels on this GPU and write its table"
     add_tune_arguments(commands.add_parser("tune", help=text, description=text))
+    from xlstm_scaling.published import command as published
+
+    text = published.DESCRIPTION
+    published.add_ingest_arguments(commands.add_parser("ingest", help=text, description=text))
 
     count = commands.add_parser("count", help="parameters and FLOPs of one model", description=_count.__doc__)
     count.add_argument("--arch", required=True, help="xlstm or transformer")
@@ -116,6 +120,12 @@ def _tune(args: argparse.Namespace) -> int:
     from xlstm_scaling.kernels.tuning import tune_command
 
     return tune_command(args)
+
+
+def _ingest(args: argparse.Namespace) -> int:
+    from xlstm_scaling.published.command import run_ingest
+
+    return run_ingest(args)
 
 
 def _stage(args: argparse.Namespace) -> int:
@@ -191,6 +201,7 @@ def run_command(argv: Sequence[str]) -> int:
     level = os.environ.get("XLSTM_SCALING_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}
+    handlers["ingest"] = _ingest
     handler = handlers.get(args.command, _stage)
     try:
         return handler(args)

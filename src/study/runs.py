@@ -38,6 +38,14 @@ RESULT_KEYS = (
 OPTIONAL_RESULT_KEYS = ("kernel_certificate",)
 
 
+#: counts that a published run may lack and a run trained here never does (docs/published.md)
+OPTIONAL_COUNTS = (
+    *("embedding_dim", "num_blocks", "num_heads", "head_dim_qk", "head_dim_v", "ffn_dim", "vocab_size"),
+    *("num_params", "num_tokens", "global_batch_size_sequences", "num_train_steps"),
+)
+OPTIONAL_NUMBERS = ("num_flops", "tokens_per_param", "learning_rate")
+
+
 class TableError(ValueError):
     """A table of runs that breaks its schema; the message says which column and rows."""
 
@@ -45,7 +53,8 @@ class TableError(ValueError):
 def validate_runs(table: pd.DataFrame) -> pd.DataFrame:
     """Check a table of runs against ``workflow/schemas/runs.schema.yaml``; returns it with the schema's types.
 
-    Raises TableError. Runs with status ok must have a loss.
+    Raises TableError. Runs with status ok must have a loss, N, D and FLOPs; runs trained here all of
+    ``OPTIONAL_COUNTS`` and ``OPTIONAL_NUMBERS``. Counts that no run lacks are int64.
     """
     import pandera.pandas as pa
 
@@ -55,10 +64,18 @@ def validate_runs(table: pd.DataFrame) -> pd.DataFrame:
     except pa.errors.SchemaErrors as error:
         cases = error.failure_cases[["column", "check", "failure_case"]].head(10)
         raise TableError(f"the table of runs breaks its schema:\n{cases.to_string(index=False)}") from None
-    lossless = table.loc[(table.status == "ok") & table.val_loss.isna(), "run_id"]
-    if len(lossless):
-        raise TableError(f"runs with status ok but without val_loss: {', '.join(lossless[:5])}")
-    return table
+    for column in ("val_loss", "num_params", "num_tokens", "num_flops"):
+        _require(table, table.status == "ok", column, "with status ok")
+    for column in (*OPTIONAL_COUNTS, *OPTIONAL_NUMBERS):
+        _require(table, table.source == "trained", column, "trained here")
+    complete = [column for column in (*OPTIONAL_COUNTS, "seed") if table[column].notna().all()]
+    return table.astype(dict.fromkeys(complete, "int64"))
+
+
+def _require(table: pd.DataFrame, rows: pd.Series, column: str, which: str) -> None:
+    lacking = table.loc[rows & table[column].isna(), "run_id"]
+    if len(lacking):
+        raise TableError(f"runs {which} but without {column}: {', '.join(lacking[:5])}")
 
 
 def read_runs(path: Path) -> pd.DataFrame:
