@@ -35,17 +35,23 @@ _MODULES: dict[tuple[str, str], tuple[str, ...]] = {
     ("mlstm", "cpp"): ("mlstm.chunkwise_cpp",),
     ("mlstm", "triton"): ("mlstm.chunkwise_triton", "mlstm.step_triton"),
     ("linear_cross_entropy", "torch"): ("cross_entropy",),
+    ("linear_cross_entropy", "cpp"): ("cross_entropy_cpp",),
     ("linear_cross_entropy", "triton"): ("cross_entropy_triton",),
     ("rms_norm", "torch"): ("rms_norm",),
     ("rms_norm", "cpu"): ("rms_norm",),
+    ("rms_norm", "cpp"): ("rms_norm_cpp",),
     ("rms_norm", "triton"): ("rms_norm_triton",),
     ("head_norm_gate", "torch"): ("head_norm_gate",),
     ("head_norm_gate", "cpu"): ("head_norm_gate",),
+    ("head_norm_gate", "cpp"): ("head_norm_gate_cpp",),
     ("head_norm_gate", "triton"): ("head_norm_gate_triton",),
     ("gated_silu", "torch"): ("gated_silu",),
     ("gated_silu", "cpu"): ("gated_silu",),
+    ("gated_silu", "cpp"): ("gated_silu_cpp",),
     ("gated_silu", "triton"): ("gated_silu_triton",),
 }
+#: the C++ library behind an operation
+CPP_LIBRARIES = {op: "mlstm" if op == "mlstm" else "rows" for op, backend in _MODULES if backend == "cpp"}
 _REGISTRY: dict[tuple[str, str, str], Kernel] = {}
 
 
@@ -90,7 +96,7 @@ def _usable(op: str, backend: str, double: bool) -> bool:
     if (op, backend) not in _MODULES:
         return False
     if backend == "cpp":
-        return build.usable(op)
+        return build.usable(CPP_LIBRARIES[op])
     return backend != "triton" or (not double and importlib.util.find_spec("triton") is not None)
 
 

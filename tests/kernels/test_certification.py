@@ -22,6 +22,7 @@ from xlstm_scaling.kernels.certification.comparison import CEILING, SLACK, THRES
 from xlstm_scaling.kernels.certification.mlstm import LONG, MLSTM
 from xlstm_scaling.kernels.certification.operation import Problem, evaluate, strict_memory
 from xlstm_scaling.kernels.certification.run import OPERATIONS, certify, certify_kernels, select_cases
+from xlstm_scaling.kernels.cpp import build
 from xlstm_scaling.kernels.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_scaling.kernels.mlstm.recurrent import mlstm_recurrent, mlstm_step
 from xlstm_scaling.kernels.mlstm.state import MLSTMState
@@ -390,7 +391,8 @@ def certificate():
 def test_the_kernels_of_this_cpu_are_right(certificate):
     found = {(e["op"], e["form"], e["backend"]) for e in certificate["kernels"]}
     assert {op for op, _, _ in found} == set(OPERATIONS)
-    assert {backend for _, _, backend in found} == {"torch", "cpu"}
+    compiled = {"cpp"} if build.usable("mlstm") else set()
+    assert {backend for _, _, backend in found} == {"torch", "cpu"} | compiled
     for entry in certificate["kernels"]:
         assert entry["passed"], entry["failures"]
         assert entry["cases"]
@@ -453,7 +455,7 @@ def test_a_module_that_cannot_be_imported_is_a_failure(few_cases, monkeypatch):
     ("words", "message"),
     [
         ("--op slstm", "no operation 'slstm'; known: mlstm"),
-        ("--device cpu --backend cuda", "backend 'cuda' does not run on cpu; there: torch, cpu"),
+        ("--device cpu --backend cuda", "backend 'cuda' does not run on cpu; there: torch, cpu, cpp"),
         ("--dtype float8", "no thresholds for dtype 'float8'"),
         pytest.param("--device cuda", "there is no GPU here",
                      marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),

@@ -3,12 +3,21 @@
 import pytest
 import torch
 
-from xlstm_scaling.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from xlstm_scaling.kernels import get_kernel
+from xlstm_scaling.kernels.cpp import build
+from xlstm_scaling.kernels.cross_entropy import linear_cross_entropy_reference
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def linear_cross_entropy(request):
+    if request.param == "cpp" and not build.usable("rows"):
+        pytest.skip("no C++ compiler")
+    return get_kernel("linear_cross_entropy", "chunked", request.param)
 
 
 @pytest.mark.parametrize("cap", [None, 30.0, 100.0])
 @pytest.mark.parametrize(("M", "V"), [(1, 5), (300, 17), (700, 3000)])
-def test_loss_and_gradients(cap, M, V):
+def test_loss_and_gradients(linear_cross_entropy, cap, M, V):
     g = torch.Generator().manual_seed(0)
     hidden = (3 * torch.randn(M, 24, generator=g, dtype=torch.float64)).requires_grad_()
     weight = torch.randn(V, 24, generator=g, dtype=torch.float64, requires_grad=True)
@@ -24,7 +33,7 @@ def test_loss_and_gradients(cap, M, V):
         assert error < 2e-5, f"gradient of {name}: {error}"
 
 
-def test_logits_at_the_cap_do_not_overflow():
+def test_logits_at_the_cap_do_not_overflow(linear_cross_entropy):
     hidden = torch.full((4, 8), 100.0, requires_grad=True)
     weight = torch.cat((torch.ones(50, 8), -torch.ones(50, 8))).requires_grad_()
     loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 60, 99]), 30.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xlstm_scaling.kernels import gated_silu, get_kernel, head_norm_gate
+from xlstm_scaling.kernels.cpp import build
 
 OPS = ("rms_norm", "head_norm_gate", "gated_silu")
 #: largest RMS-relative error of an output or a gradient; and what a kernel may have more than twice the reference's
@@ -35,6 +36,13 @@ def _uninitialised_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(params=["cpu", "cpp"])
+def backend(request):
+    if request.param == "cpp" and not build.usable("rows"):
+        pytest.skip("no C++ compiler")
+    return request.param
 
 
 @pytest.fixture
@@ -117,8 +125,8 @@ LARGE = [
 
 @pytest.mark.parametrize("dtype", THRESHOLDS, ids=str)
 @pytest.mark.parametrize(("op", "sizes"), CASES + LARGE)
-def test_outputs_and_gradients_against_float64(op, sizes, dtype):
-    check(get_kernel(op, "fused", "cpu"), op, sizes, dtype)
+def test_outputs_and_gradients_against_float64(backend, op, sizes, dtype):
+    check(get_kernel(op, "fused", backend), op, sizes, dtype)
 
 
 @pytest.mark.parametrize(
@@ -135,11 +143,11 @@ def test_outputs_and_gradients_against_float64(op, sizes, dtype):
 @pytest.mark.usefixtures("_fused_at_any_size")
 def test_gradcheck(op, sizes):
     inputs = make_inputs(op, sizes, torch.float64)
-    function = get_kernel(op, "fused", "cpu")
+    function = get_kernel(op, "fused", "cpu")  # C++ has no float64
     assert torch.autograd.gradcheck(lambda *x: function(**dict(zip(inputs, x))), tuple(inputs.values()))
 
 
-@pytest.mark.parametrize("form", [("reference", "torch"), ("fused", "cpu")])
+@pytest.mark.parametrize("form", [("reference", "torch"), ("fused", "cpu"), ("fused", "cpp")])
 @pytest.mark.parametrize("kept", [("y",), ("total",), ("y", "total")])
 def test_either_output_of_the_norm_with_residual_may_be_left_alone(form, kept):
     inputs = make_inputs("rms_norm", (4, 6, True), torch.float64)
@@ -154,9 +162,9 @@ def test_either_output_of_the_norm_with_residual_may_be_left_alone(form, kept):
     assert torch.allclose(d_x, torch.autograd.grad(2 * plain, x)[0])
 
 
-def test_several_heads_are_normed_one_by_one():
+def test_several_heads_are_normed_one_by_one(backend):
     h, gate, weight = torch.randn(32, 64, 4, 40), torch.randn(32, 64, 160), torch.randn(160)
-    y = get_kernel("head_norm_gate", "fused", "cpu")(h, gate, weight)
+    y = get_kernel("head_norm_gate", "fused", backend)(h, gate, weight)
     head = h[..., 2, :]
     normed = (head - head.mean(-1, keepdim=True)) / (head.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     expected = torch.sigmoid(gate[..., 80:120]) * normed * weight[80:120]
@@ -166,15 +174,15 @@ def test_several_heads_are_normed_one_by_one():
 @pytest.mark.parametrize(
     ("op", "sizes"), [("rms_norm", (0, 8, True)), ("head_norm_gate", (0, 3, 2, 32, False)), ("gated_silu", (0, 4))]
 )
-def test_no_rows(op, sizes):
-    found = run(get_kernel(op, "fused", "cpu"), make_inputs(op, sizes, torch.float32))
+def test_no_rows(backend, op, sizes):
+    found = run(get_kernel(op, "fused", backend), make_inputs(op, sizes, torch.float32))
     assert found["y"].numel() == 0
     assert all(not x.any() for name, x in found.items() if name == "d_weight")
 
 
 @pytest.mark.parametrize(("op", "sizes"), LARGE)
-def test_the_same_bits_every_time(op, sizes):
-    first, second = (run(get_kernel(op, "fused", "cpu"), make_inputs(op, sizes, torch.bfloat16)) for _ in range(2))
+def test_the_same_bits_every_time(backend, op, sizes):
+    first, second = (run(get_kernel(op, "fused", backend), make_inputs(op, sizes, torch.bfloat16)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -183,9 +191,9 @@ def test_the_same_bits_every_time(op, sizes):
     ("op", "sizes"),
     [("rms_norm", (2, 8, False)), ("head_norm_gate", (1, 2, 1, 32, False)), ("gated_silu", (2, 8))],
 )
-def test_second_derivatives_are_refused(op, sizes):
+def test_second_derivatives_are_refused(backend, op, sizes):
     inputs = make_inputs(op, sizes, torch.float32)
-    loss = get_kernel(op, "fused", "cpu")(**inputs).square().sum()
+    loss = get_kernel(op, "fused", backend)(**inputs).square().sum()
     (d,) = torch.autograd.grad(loss, next(iter(inputs.values())), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         d.sum().backward()
@@ -198,6 +206,33 @@ def test_small_and_large_inputs_of_gated_silu_give_the_same_bits(monkeypatch):
         monkeypatch.setattr(gated_silu, "MIN_NUMBERS", fewest)
         results.append(run(get_kernel("gated_silu", "fused", "cpu"), inputs))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize(("op", "sizes"), LARGE)
+def test_bits_of_cpp_do_not_depend_on_threads(op, sizes):
+    if not build.usable("rows"):
+        pytest.skip("no C++ compiler")
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            found.append(run(get_kernel(op, "fused", "cpp"), make_inputs(op, sizes, torch.bfloat16)))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_values_that_are_not_finite_stay_so_in_cpp():
+    if not build.usable("rows"):
+        pytest.skip("no C++ compiler")
+    x = torch.zeros(4, 64)
+    x[0, 3], x[1, 3], x[2, 3] = torch.nan, torch.inf, -torch.inf
+    y = get_kernel("gated_silu", "fused", "cpp")(torch.cat([x, torch.ones_like(x)], -1))
+    expected = get_kernel("gated_silu", "reference")(torch.cat([x, torch.ones_like(x)], -1))
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    y = get_kernel("rms_norm", "fused", "cpp")(x, torch.ones(64))
+    assert y[:3].isnan().any(1).all()
+    assert y[3].isfinite().all()
 
 
 def wrong_inputs():
@@ -219,7 +254,7 @@ def wrong_inputs():
     ]
 
 
-@pytest.mark.parametrize("form", [("reference", "torch"), ("fused", "cpu")])
+@pytest.mark.parametrize("form", [("reference", "torch"), ("fused", "cpu"), ("fused", "cpp")])
 @pytest.mark.parametrize("case", range(len(wrong_inputs())))
 def test_what_does_not_fit_is_named(form, case):
     op, arguments, message = wrong_inputs()[case]

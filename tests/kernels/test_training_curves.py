@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from xlstm_scaling.kernels import get_kernel, registry
+from xlstm_scaling.kernels.cpp import build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("torch", "triton") if DEVICE == "cuda" else ("torch", "cpu")
+BACKENDS = ("torch", "triton") if DEVICE == "cuda" else ("torch", "cpu", "cpp")
 REFERENCE = {
     "mlstm": "chunkwise",
     "rms_norm": "reference",
@@ -30,6 +31,8 @@ def candidates():
     found = []
     for (op, backend), modules in registry._MODULES.items():
         if backend not in BACKENDS or op not in REFERENCE:
+            continue
+        if backend == "cpp" and not build.usable(registry.CPP_LIBRARIES[op]):
             continue
         names = [kernel.form for kernel in registry.kernels(op, backend)] if _importable(modules) else []
         skipped = {"step", "recurrent"} | ({REFERENCE[op]} if backend == "torch" else set())

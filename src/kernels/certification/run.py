@@ -124,7 +124,7 @@ def select_kernels(
             continue
         if backend == "cpp":
             try:
-                build.library(op)
+                build.library(registry.CPP_LIBRARIES[op])
             except build.BuildError as error:
                 unavailable.append(f"{op} ({backend}): {error}")
                 continue

@@ -4,35 +4,16 @@
 // C, n before it; P = lower(q~ k~'), numerator = P v + q~ C, denominator = P 1 + q~ n, h = numerator * inverse,
 // inverse = 1 / (max(|denominator|, floor) + eps); the state after it is (C + k~' v, n + k~' 1) * decay of the next chunk.
 // Inputs of 16 bits are widened as they are read; everything between is of type T: float, or double for doubles.
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
+#include "numbers.hpp"
 #include "products.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-
-struct bfloat16 { uint16_t bits; };
-
-inline float widened(float x) { return x; }
-inline double widened(double x) { return x; }
-inline float widened(bfloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-inline void narrow(float x, float &to) { to = x; }
-inline void narrow(double x, double &to) { to = x; }
-inline void narrow(float x, bfloat16 &to) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
-  to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
-}
 
 // (B, H, T, columns) with columns in one piece
 struct Tokens {
@@ -80,18 +61,6 @@ template <class X, class T> void store(int rows, int columns, const T *__restric
     const T w = weight ? weight[t] : T(1);
     for (int d = 0; d < columns; ++d) narrow(from[t * from_row + d] * w, x[t * x_row + d]);
   }
-}
-template <class T> T dot(int n, const T *__restrict x, const T *__restrict y) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int j = 0; j < n; ++j) sum += x[j] * y[j];
-  return sum;
-}
-template <class T> T total(int n, const T *x) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int j = 0; j < n; ++j) sum += x[j];
-  return sum;
 }
 // what lies above the diagonal becomes 0
 template <class T> void clear_upper(int rows, T *x, int row) {
