@@ -31,13 +31,16 @@ from typing import IO, Any
 import torch
 
 from xlstm_scaling.kernels.arguments import add_compile_arguments
-from xlstm_scaling.kernels.problems import SETS, Problem
+from xlstm_scaling.kernels.mlstm.state import MLSTMState
+from xlstm_scaling.kernels.problems import SETS, Problem, mlstm
 from xlstm_scaling.kernels.triton_launch import INTERPRETED, PACKAGED_TABLES, TARGETS, Launch, Target, recording
 
 _POINTER_TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
+#: longest chunk of the mLSTM (imported, its module would want Triton)
+MAX_CHUNK_SIZE = 1024
 #: machine instructions of the matrix units: Blackwell's, Hopper's, those of one warp, AMD's
 _MATRIX_INSTRUCTIONS = {
     "tcgen05": r"\bUTC[A-Z]*MMA\b", "wgmma": r"\b[HQIB]GMMA\b", "mma": r"\b[HQIB]MMA\b", "mfma": r"\bv_s?mfmac?_",
@@ -293,7 +296,45 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
 # all problems, all targets
 
 
-def record(problem: Problem, target: Target) -> list[Launch]:
+@dataclass(frozen=True)
+class Variant:
+    """An mLSTM problem in a chunk length of its own, or from a first state to a last, with the gradients of both."""
+
+    problem: Problem
+    chunk_size: int | None = None
+    states: bool = False
+
+    @property
+    def name(self) -> str:
+        chunk = "" if self.chunk_size is None else f" chunk_size={self.chunk_size}"
+        return f"{self.problem.name}{chunk}{' states' if self.states else ''}"
+
+    def make_inputs(self, device: str) -> dict[str, torch.Tensor]:
+        inputs, s = self.problem.make_inputs(device), self.problem.size
+        if self.states:
+            shapes = {"C": (s["d_qk"], s["d_v"]), "n": (s["d_qk"],), "m": ()}
+            for name, shape in shapes.items():
+                inputs[name] = torch.zeros(s["B"], s["H"], *shape, device=device, requires_grad=True)
+        return inputs
+
+    def run(self, inputs: Mapping[str, torch.Tensor], backend: str) -> None:
+        function, state = self.problem.implementation(backend), None
+        if self.states:
+            state = MLSTMState(*(inputs[name] for name in "Cnm"))
+        h, last = function(*(inputs[name] for name in "qkvif"), state, self.chunk_size)
+        outputs = [h, *last] if self.states else [h]
+        torch.autograd.grad(outputs, list(inputs.values()), [torch.ones_like(y) for y in outputs])
+
+
+def variants() -> list[Variant]:
+    """Code of the mLSTM that no problem's defaults reach: the shortest and longest chunks, and states."""
+    wide, narrow = mlstm(1, 8, 8192, 256, 512), mlstm(1, 6, 8192, 64, 128)
+    in_fp32 = mlstm(2, 6, 1000, 64, 128, torch.float32, strided=True)
+    chunks = [Variant(problem, size) for problem in (wide, narrow) for size in (64, MAX_CHUNK_SIZE)]
+    return [*chunks, *(Variant(problem, states=True) for problem in (narrow, in_fp32))]
+
+
+def record(problem: Problem | Variant, target: Target) -> list[Launch]:
     """The launches of ``problem``, forward and backward, as ``target`` would get them; nothing runs."""
     with recording(target) as launches:
         problem.run(problem.make_inputs("meta"), backend="triton")
@@ -336,7 +377,7 @@ def _with_progress(results: Iterable, total: int, progress: bool) -> Iterable:
 
 
 def compile_problems(
-    problems: Sequence[Problem], targets: Sequence[Target], processes: int = 2, progress: bool = False
+    problems: Sequence[Problem | Variant], targets: Sequence[Target], processes: int = 2, progress: bool = False
 ) -> list[CompiledKernel]:
     """Every kernel of every problem for every target; a problem that cannot even be recorded is a row that fails."""
     launches, failed = [], []
@@ -349,7 +390,7 @@ def compile_problems(
     return failed + compile_launches(launches, processes, progress)
 
 
-def _not_recorded(problem: Problem, target: Target, error: Exception) -> CompiledKernel:
+def _not_recorded(problem: Problem | Variant, target: Target, error: Exception) -> CompiledKernel:
     return CompiledKernel(
         target=target.name, kernel=problem.op, problem=problem.name, configuration="", registers=None, spill_bytes=None,
         shared_bytes=None, shared_limit_bytes=target.shared_memory_bytes, products=None, scalar_products=None,
@@ -422,7 +463,8 @@ def compile_command(args: argparse.Namespace) -> int:
     if INTERPRETED:  # decided when Triton is imported, so that only a new process can compile
         return _in_a_clean_process(args)
     start = time.perf_counter()
-    rows = compile_problems(SETS[args.shapes](), [targets[name] for name in names], args.processes, _interactive())
+    chosen = [*SETS[args.shapes](), *(variants() if args.shapes == "all" else ())]
+    rows = compile_problems(chosen, [targets[name] for name in names], args.processes, _interactive())
     failed = [row for row in rows if not row.ok]
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

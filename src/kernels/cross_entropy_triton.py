@@ -30,6 +30,14 @@ MAX_ROWS = 8192
 ROW_ALIGNMENT = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = tl.constexpr(math.log2(math.e))
+#: what tuning tries first, as steps from the default: fewer threads at the same elements each, or more blocks under way
+CANDIDATES = {
+    "softmax_cross_entropy_kernel": (
+        {"BLOCK_V": -1, "num_warps": -1},
+        {"BLOCK_V": -2, "num_warps": -2},
+        {"BLOCK_V": -1, "num_stages": 1},
+    )
+}
 
 
 @triton.jit

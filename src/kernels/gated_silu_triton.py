@@ -16,6 +16,11 @@ from xlstm_scaling.kernels.triton_math import cast
 
 #: elements that a program handles
 TILE = 1024
+#: what tuning tries first, as steps from the default: other programs at the same elements a thread, or longer rows
+CANDIDATES = {
+    kernel: ({"ROWS": -1, "num_warps": -1}, {"ROWS": 1, "num_warps": 1}, {"ROWS": -1, "BLOCK": 1})
+    for kernel in ("gated_silu_forward_kernel", "gated_silu_backward_kernel")
+}
 
 
 def column_block(width: int) -> int:

@@ -19,6 +19,15 @@ from xlstm_scaling.kernels.rms_norm_triton import as_rows, check_tensors, regist
 from xlstm_scaling.kernels.triton_launch import configuration, launch
 from xlstm_scaling.kernels.triton_math import cast
 
+#: what tuning tries first, as steps from the default; as those of the RMS norm
+CANDIDATES = {
+    "head_norm_gate_forward_kernel": ({"ROWS": -1, "num_warps": -1}, {"ROWS": 1, "num_warps": 1}),
+    "head_norm_gate_backward_kernel": (
+        {"ROWS": -1, "num_warps": -1, "PER_PROCESSOR": 1},
+        {"ROWS": 1, "num_warps": 1, "PER_PROCESSOR": -1},
+    ),
+}
+
 
 @triton.jit
 def head_norm_gate_forward_kernel(  # noqa: ANN201

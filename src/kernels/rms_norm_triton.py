@@ -22,6 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 8192
 #: multiprocessors where there is no device to ask (while launches are recorded), and under the interpreter
 RECORDED_PROCESSORS, INTERPRETED_PROCESSORS = 132, 2
+#: what tuning tries first, as steps from the default: other programs at the same elements a thread, and, where programs
+#: stay, at the same threads a multiprocessor
+CANDIDATES = {
+    "rms_norm_forward_kernel": ({"ROWS": -1, "num_warps": -1}, {"ROWS": 1, "num_warps": 1}),
+    "rms_norm_backward_kernel": (
+        {"ROWS": -1, "num_warps": -1, "PER_PROCESSOR": 1},
+        {"ROWS": 1, "num_warps": 1, "PER_PROCESSOR": -1},
+    ),
+}
 
 
 def check_tensors(op: str, *tensors: Tensor, eps: float = EPS) -> None:

@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -62,6 +62,7 @@ TARGETS = {
 _INTERPRETER = Target("interpreter", "", "interpreter", 1 << 40)
 _ACTIVE: ContextVar[Target | None] = ContextVar("target", default=None)
 _RECORD: ContextVar[list | None] = ContextVar("record", default=None)
+_OBSERVER: ContextVar[Callable[..., None] | None] = ContextVar("observer", default=None)
 _OVERRIDES: ContextVar[Mapping[str, Mapping[str, int]] | None] = ContextVar("overrides", default=None)
 
 
@@ -96,6 +97,10 @@ def check_device(*tensors: Tensor) -> None:
         found = ", ".join(sorted({x.device.type for x in tensors}))
         hint = "" if INTERPRETED else "; on a CPU use the kernels of backend 'cpu' or 'torch'"
         raise ValueError(f"Triton kernels run on {wanted} tensors here, got {found}{hint}")
+    if not INTERPRETED and any(x.device.index != torch.cuda.current_device() for x in tensors):
+        found = ", ".join(sorted({str(x.device) for x in tensors}))
+        raise ValueError(f"Triton kernels run on the current GPU, cuda:{torch.cuda.current_device()}, got {found}; "
+                         "torch.cuda.set_device chooses it")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,16 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 
 @contextmanager
+def observing(note: Callable[..., None]) -> Iterator[None]:
+    """Call ``note(kernel, default, dtype, shape, answer)`` for every ``configuration`` that is asked for inside."""
+    token = _OBSERVER.set(note)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+@contextmanager
 def configured(overrides: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
     """Use these configurations, by kernel, instead of table and defaults (tuning and tests)."""
     token = _OVERRIDES.set({**(_OVERRIDES.get() or {}), **overrides})
@@ -165,6 +180,15 @@ def configuration(kernel: str, default: Mapping[str, int], dtype: torch.dtype, *
 
     An entry of the device's table must name the same settings as the default; ValueError says which differ.
     """
+    found = _configuration(kernel, default, dtype, shape)
+    if (note := _OBSERVER.get()) is not None:
+        note(kernel, default, dtype, shape, found)
+    return found
+
+
+def _configuration(
+    kernel: str, default: Mapping[str, int], dtype: torch.dtype, shape: Mapping[str, int]
+) -> dict[str, int]:
     override = (_OVERRIDES.get() or {}).get(kernel)
     if override is not None:
         return {**default, **override}

@@ -1,10 +1,11 @@
 """``xlstm-scaling tune``: measures configurations of the Triton kernels on the GPU at hand and writes its table.
 
 Every problem is measured as a whole, forward and backward, by coordinate descent over the kernels that it launches:
-the candidates that a kernel's module names (``CANDIDATES``), then the neighbours of the best so far (a tile halved or
-doubled, a stage or twice the warps more or less), until none is faster. A candidate that does not compile, spills,
-exceeds the shared memory or changes the result is dropped and named. Problems that share their entries of the table
-(other batches, other lengths) are tuned together, on the geometric mean of their times.
+the candidates that a kernel's module names (``CANDIDATES``: several settings at once, where one alone only costs), then
+the neighbours of the best so far (a tile halved or doubled, a stage or twice the warps more or less), until none is
+faster. A candidate that does not compile, spills, exceeds the shared memory or changes the result is dropped and named.
+Problems that share their entries of the table (other batches, other lengths) are tuned together, on the geometric mean
+of their times.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from xlstm_scaling.kernels import problems as catalogue
 from xlstm_scaling.kernels import triton_launch
 from xlstm_scaling.kernels.arguments import add_tune_arguments
+from xlstm_scaling.kernels.compilation import compile_launches, record, specialise
 from xlstm_scaling.kernels.problems import Problem
 from xlstm_scaling.kernels.registry import kernels
 from xlstm_scaling.kernels.triton_launch import (
@@ -37,7 +39,7 @@ from xlstm_scaling.kernels.triton_launch import (
     Target,
     configured,
     current_target,
-    recording,
+    observing,
     table_key,
 )
 
@@ -92,41 +94,41 @@ class Report:
 @contextmanager
 def observed() -> Iterator[dict[str, Request]]:
     """Note what operations ask ``configuration`` for, by kernel. ValueError where one kernel has two problems."""
-    original = triton_launch.configuration
     requests: dict[str, Request] = {}
 
-    def noting(kernel: str, default: Mapping[str, int], dtype: torch.dtype, **shape: int) -> Configuration:
-        current = original(kernel, default, dtype, **shape)
-        request = Request(kernel, table_key(dtype, shape), dict(default), current)
+    def note(
+        kernel: str, default: Mapping[str, int], dtype: torch.dtype, shape: Mapping[str, int], found: Configuration
+    ) -> None:
+        request = Request(kernel, table_key(dtype, shape), dict(default), dict(found))
         if requests.setdefault(kernel, request).key != request.key:
             raise ValueError(f"{kernel} runs on {requests[kernel].key} and on {request.key}: tune them apart")
-        return current
 
-    package = __name__.partition(".")[0]
-    users = [
-        m for name, m in sys.modules.items() if name.startswith(package) and vars(m).get("configuration") is original
-    ]
-    for module in users:
-        module.configuration = noting
-    try:
+    with observing(note):
         yield requests
-    finally:
-        for module in users:
-            module.configuration = original
+
+
+def stepped(config: Mapping[str, int], steps: Mapping[str, int]) -> Configuration | None:
+    """``config`` with sizes and warps doubled so many times (halved where negative), stages added; None where a setting
+    leaves its bounds or does not exist."""
+    found = dict(config)
+    for name, step in steps.items():
+        if name not in config:
+            return None
+        value = config[name]
+        if name == "num_stages":
+            found[name], most = value + step, MAX_STAGES
+        else:
+            most = MAX_WARPS if name == "num_warps" else MAX_TILE
+            found[name] = value << step if step > 0 else value >> -step
+        if not 1 <= found[name] <= most:
+            return None
+    return found
 
 
 def neighbours(config: Mapping[str, int]) -> list[Configuration]:
     """Configurations one step away: a size or the warps halved or doubled, a stage more or less."""
-    found = []
-    for name, value in config.items():
-        if name == "num_stages":
-            options = [value - 1, value + 1]
-            most = MAX_STAGES
-        else:
-            options = [value // 2, value * 2]
-            most = MAX_WARPS if name == "num_warps" else MAX_TILE
-        found += [{**config, name: option} for option in options if 1 <= option <= most]
-    return found
+    found = (stepped(config, {name: step}) for name in config for step in (-1, 1))
+    return [candidate for candidate in found if candidate is not None]
 
 
 def relative_error(result: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -173,9 +175,9 @@ def tune(
 ) -> Report:
     """Find the fastest right configuration of every kernel that ``subjects`` launch.
 
-    ``timer`` [s] measures a function; ``candidates`` by kernel; ``check`` says why launches are not to be used, or
-    None; ``done`` is called after each group of subjects with what is known so far. Stops when ``budget_s`` is over,
-    with what was found until then.
+    ``timer`` [s] measures a function; ``candidates`` as steps from the default, by kernel; ``check`` says why launches
+    are not to be used, or None; ``done`` is called after each group of subjects with what is known so far. Stops when
+    ``budget_s`` is over, with what was found until then.
     """
     report, deadline = Report(), time.monotonic() + budget_s
     groups = [group for group in _groups(subjects) if group.requests]
@@ -279,9 +281,8 @@ def _tune_group(
         for kernel, request in group.requests.items():
             bar.set_postfix_str(kernel)
             if round_number == 0:
-                improved |= search.step(
-                    kernel, [{**request.default, **c} for c in candidates.get(kernel, [])], deadline
-                )
+                named = (stepped(request.default, steps) for steps in candidates.get(kernel, []))
+                improved |= search.step(kernel, [config for config in named if config is not None], deadline)
             while search.step(kernel, neighbours(search.best[kernel]), deadline):
                 improved = True
             if round_number == 0:
@@ -335,12 +336,7 @@ def subject_of(problem: Problem, device: str = "cuda") -> Subject:
 
         return results, work
 
-    def record() -> list[Launch]:
-        with recording(current_target()) as launches:
-            problem.run(problem.make_inputs("meta"))
-        return launches
-
-    return Subject(problem.name, make, record)
+    return Subject(problem.name, make, lambda: record(problem, current_target()))
 
 
 class CompileCheck:
@@ -352,8 +348,6 @@ class CompileCheck:
 
     def prepare(self, launches: Sequence[Launch]) -> None:
         """Compile what was not compiled before."""
-        from xlstm_scaling.kernels.compilation import compile_launches, specialise
-
         fresh = {specialise(launch, self.target).key: launch for launch in launches}
         fresh = {key: launch for key, launch in fresh.items() if key not in self.known}
         rows = compile_launches([(launch, self.target, key) for key, launch in fresh.items()], self.processes)
@@ -361,20 +355,33 @@ class CompileCheck:
 
     def __call__(self, launches: Sequence[Launch]) -> str | None:
         """Why launches cannot be used, None where they can."""
-        from xlstm_scaling.kernels.compilation import specialise
-
         self.prepare(launches)
         found = (self.known[specialise(launch, self.target).key] for launch in launches)
         return next((failures[0] for failures in found if failures), None)
 
 
-def named_candidates(problems: Iterable[Problem]) -> dict[str, list[Configuration]]:
-    """``CANDIDATES`` of the modules that implement the problems' operations with Triton."""
-    found: dict[str, list[Configuration]] = {}
+def named_candidates(problems: Iterable[Problem]) -> dict[str, Sequence[Mapping[str, int]]]:
+    """``CANDIDATES`` of the modules that implement the problems' operations with Triton, by kernel."""
+    found: dict[str, Sequence[Mapping[str, int]]] = {}
     for op in sorted({problem.op for problem in problems}):
         for kernel in kernels(op, "triton"):
-            for name, configs in getattr(sys.modules[kernel.function.__module__], "CANDIDATES", {}).items():
-                found[name] = [dict(config) for config in configs]
+            found |= getattr(sys.modules[kernel.function.__module__], "CANDIDATES", {})
+    return found
+
+
+def candidate_launches(problems: Iterable[Problem], target: Target) -> list[tuple[Launch, Target, str]]:
+    """What ``target`` would launch under every candidate, with the candidate's name; nothing runs."""
+    found: list[tuple[Launch, Target, str]] = []
+    for problem in problems:
+        named = named_candidates([problem])
+        with observed() as requests:
+            plain = {specialise(launch, target).key for launch in record(problem, target)}
+        for kernel, request in requests.items():
+            for config in filter(None, (stepped(request.default, steps) for steps in named.get(kernel, ()))):
+                with configured({kernel: config}):
+                    launches = record(problem, target)
+                name = f"{kernel} [{request.key}] {config}"
+                found += [(launch, target, name) for launch in launches if specialise(launch, target).key not in plain]
     return found
 
 

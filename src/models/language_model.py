@@ -13,10 +13,17 @@ from xlstm_scaling.kernels.cross_entropy import soft_cap
 from xlstm_scaling.models.layers import Linear, RMSNorm, fast, small_init_
 
 LOGIT_CAP = 30.0
+#: an operation of ``kernels``, and the form (None = the fastest) and backend that are asked for
+Operation = tuple[str, str | None, str]
 
 
 class Block(nn.Module, ABC):
     """A residual block: sequence mixing, then feed-forward."""
+
+    @classmethod
+    @abstractmethod
+    def operations(cls, **options: Any) -> list[Operation]:
+        """What training a block with these options asks ``kernels.select`` for."""
 
     @abstractmethod
     def forward(self, x: Tensor, document_starts: Tensor | None = None, state: Any = None) -> tuple[Tensor, Any]:
@@ -34,11 +41,15 @@ class Block(nn.Module, ABC):
         """Initialise (models.md, "Initialisation")."""
 
 
-class LanguageModel(nn.Module, ABC):
+class LanguageModel(nn.Module):
     """Token ids in, losses or logits out. ``shape`` fixes every dimension.
 
     ``compute_dtype``: dtype of activations and matrix products; parameters are fp32 master weights.
+    ``options``: of the blocks.
     """
+
+    #: the block of this architecture
+    block: type[Block]
 
     def __init__(
         self,
@@ -53,14 +64,16 @@ class LanguageModel(nn.Module, ABC):
         self.compute_dtype = compute_dtype
         self.logit_cap = logit_cap
         self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
-        self.blocks = nn.ModuleList(self.make_block(shape, **options) for _ in range(shape.num_blocks))
+        self.blocks = nn.ModuleList(self.block(shape, **options) for _ in range(shape.num_blocks))
         self.norm = RMSNorm(shape.embedding_dim)
         self.head = Linear(shape.embedding_dim, shape.vocab_size)
         self.reset_parameters(seed)
 
-    @abstractmethod
-    def make_block(self, shape: ModelShape, **options: Any) -> Block:
-        """One block of this architecture."""
+    @classmethod
+    def operations(cls, **options: Any) -> list[Operation]:
+        """What training a model with these options of its blocks asks ``kernels.select`` for; each is certified."""
+        own: list[Operation] = [("rms_norm", None, "auto"), ("linear_cross_entropy", None, "auto")]
+        return list(dict.fromkeys([*cls.block.operations(**options), *own]))
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Initialise all parameters from ``seed`` alone (from the global generator where it is None)."""

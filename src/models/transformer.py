@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_scaling.accounting import ModelShape
-from xlstm_scaling.models.language_model import Block, LanguageModel
+from xlstm_scaling.models.language_model import Block, LanguageModel, Operation
 from xlstm_scaling.models.layers import GatedFeedForward, Linear, RMSNorm, small_init_, wang_init_
 
 ROPE_THETA = 500_000.0
@@ -82,6 +83,10 @@ class Attention(nn.Module):
 class TransformerBlock(Block):
     """x += attention(norm(x)); x += FFN(norm(x))."""
 
+    @classmethod
+    def operations(cls, **options: Any) -> list[Operation]:
+        return [("rms_norm", None, "auto"), ("gated_silu", None, "auto")]
+
     def __init__(self, shape: ModelShape, rope_theta: float = ROPE_THETA) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(shape.embedding_dim)
@@ -112,5 +117,4 @@ class TransformerBlock(Block):
 class Transformer(LanguageModel):
     """The Transformer language model; option: ``rope_theta``."""
 
-    def make_block(self, shape: ModelShape, **options) -> Block:  # noqa: ANN003
-        return TransformerBlock(shape, **options)
+    block = TransformerBlock

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,12 +12,14 @@ from xlstm_scaling.accounting import ModelShape
 from xlstm_scaling.kernels import select
 from xlstm_scaling.kernels.cross_entropy import soft_cap
 from xlstm_scaling.kernels.mlstm.state import RESET_FORGET, MLSTMState, state_dtype
-from xlstm_scaling.models.language_model import Block, LanguageModel
+from xlstm_scaling.models.language_model import Block, LanguageModel, Operation
 from xlstm_scaling.models.layers import GatedFeedForward, HeadNormGate, Linear, RMSNorm, small_init_, wang_init_
 
 GATE_CAP = 15.0
 FORGET_BIAS = (3.0, 6.0)  # linspace over the heads
 INPUT_BIAS = -10.0
+#: which mLSTM, where the options say nothing
+KERNEL_FORM, KERNEL_BACKEND = "chunkwise", "auto"
 
 
 class MLSTMLayer(nn.Module):
@@ -80,11 +84,18 @@ class MLSTMLayer(nn.Module):
 class XLSTMBlock(Block):
     """x += mLSTM(norm(x)); x += FFN(norm(x))."""
 
+    @classmethod
+    def operations(
+        cls, kernel_form: str = KERNEL_FORM, kernel_backend: str = KERNEL_BACKEND, **options: Any
+    ) -> list[Operation]:
+        others = ("rms_norm", "head_norm_gate", "gated_silu")
+        return [("mlstm", kernel_form, kernel_backend), *((op, None, "auto") for op in others)]
+
     def __init__(
         self,
         shape: ModelShape,
-        kernel_form: str = "chunkwise",
-        kernel_backend: str = "auto",
+        kernel_form: str = KERNEL_FORM,
+        kernel_backend: str = KERNEL_BACKEND,
         kernel_chunk_size: int | None = None,
         input_gate_bias: float = INPUT_BIAS,
     ) -> None:
@@ -121,5 +132,4 @@ class XLSTM(LanguageModel):
     """The xLSTM language model; options: ``kernel_form``, ``kernel_backend``, ``kernel_chunk_size``,
     ``input_gate_bias``."""
 
-    def make_block(self, shape: ModelShape, **options) -> Block:  # noqa: ANN003
-        return XLSTMBlock(shape, **options)
+    block = XLSTMBlock

@@ -6,6 +6,7 @@ Compiling needs a process whose Triton is no interpreter: the kernels below are 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,17 @@ pytest.importorskip("triton", reason="ahead-of-time compilation needs Triton")
 import triton
 import triton.language as tl
 
-from xlstm_scaling.kernels.compilation import clean_environment, compile_launches, specialise, table
+from xlstm_scaling.kernels.compilation import (
+    MAX_CHUNK_SIZE,
+    clean_environment,
+    compile_launches,
+    record,
+    specialise,
+    table,
+    variants,
+)
+from xlstm_scaling.kernels.mlstm import chunkwise_triton
+from xlstm_scaling.kernels.problems import all_problems, mlstm
 from xlstm_scaling.kernels.triton_launch import TARGETS, Launch
 
 
@@ -153,6 +164,34 @@ print("equal")
     if "ImportError" in result.stderr or "AttributeError" in result.stderr:
         pytest.skip(f"another Triton's internals: {result.stderr.splitlines()[-1]}")
     assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_variants_reach_the_code_that_defaults_leave_out():
+    """The shortest and longest chunks; first and last states with gradients, kept in fp32."""
+    assert MAX_CHUNK_SIZE == chunkwise_triton.MAX_CHUNK_SIZE
+    target = TARGETS["sm_90"]
+    usual = [launch for problem in all_problems() for launch in record(problem, target)]
+    added = [launch for variant in variants() for launch in record(variant, target)]
+
+    def values(launches, kernel, name):
+        found = (launch.arguments[name] for launch in launches if launch.name == kernel)
+        return {x.dtype if isinstance(x, torch.Tensor) else x for x in found}
+
+    assert not {1, 16} & values(usual, "outputs_kernel", "NT") and {1, 16} <= values(added, "outputs_kernel", "NT")
+    for kernel, name in [("states_kernel", "HAS_INITIAL"), ("state_gradients_kernel", "HAS_LAST")]:
+        assert values(usual, kernel, name) == {False} and values(added, kernel, name) == {False, True}
+    narrow = [launch for launch in added if launch.arguments.get("MMA") == tl.bfloat16]
+    assert values(narrow, "outputs_kernel", "C_ptr") == {torch.bfloat16, torch.float32}
+    assert values(narrow, "key_gradients_kernel", "dC_ptr") == {torch.bfloat16, torch.float32}
+
+
+def test_all_data_centre_blackwells_get_their_blocks():
+    def blocks(target):
+        launches = record(mlstm(1, 8, 8192, 256, 512), target)
+        return [{n: x for n, x in launch.arguments.items() if n in ("BK", "BV", "BC")} for launch in launches]
+
+    blackwell = TARGETS["sm_100"]
+    assert blocks(replace(blackwell, arch=103)) == blocks(blackwell) != blocks(TARGETS["sm_90"])
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from xlstm_scaling.kernels import problems, triton_launch, tuning
+from xlstm_scaling.kernels.compilation import clean_environment, record
 from xlstm_scaling.kernels.triton_launch import TARGETS, configuration, recording
 
 DEFAULT = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
@@ -67,7 +70,7 @@ def test_candidates_of_a_module_are_tried_first():
     operation = FakeOperation(failing_blocks=(128,))  # no way there by small steps
     report = tuning.tune([operation.subject()], operation.timer)
     assert report.entries["first_kernel"][KEY]["BLOCK"] == 64
-    report = tuning.tune([operation.subject()], operation.timer, {"first_kernel": [{"BLOCK": 256, "num_warps": 8}]})
+    report = tuning.tune([operation.subject()], operation.timer, {"first_kernel": [{"BLOCK": 2, "num_warps": 1}]})
     assert report.entries["first_kernel"][KEY] == {"BLOCK": 256, "num_warps": 8, "num_stages": 1}
 
 
@@ -182,9 +185,98 @@ def test_without_a_gpu_the_command_says_so(capsys):
     assert "tune: tuning measures on a GPU, and PyTorch sees none" in capsys.readouterr().err
 
 
+def test_steps_double_halve_and_add():
+    assert tuning.stepped(DEFAULT, {"BLOCK": 2, "num_warps": -1, "num_stages": 1}) == {
+        "BLOCK": 256, "num_warps": 2, "num_stages": 3
+    }  # fmt: skip
+    for steps in ({"BLOCK": -7}, {"num_warps": 3}, {"num_stages": -2}, {"ROWS": 1}):
+        assert tuning.stepped(DEFAULT, steps) is None
+
+
+def test_candidates_name_settings_of_their_kernels():
+    pytest.importorskip("triton", reason="the kernels' modules need Triton")
+    every = problems.all_problems()
+    candidates = tuning.named_candidates(every)
+    asked = {}
+    for problem in every:
+        with tuning.observed() as requests:
+            record(problem, TARGETS["sm_90"])
+        asked |= requests
+    assert set(candidates) <= set(asked)
+    assert {name.split("_")[0] for name in candidates} == {"mlstm", "softmax", "rms", "head", "gated"}
+    for kernel, configs in candidates.items():
+        assert all(set(steps) <= set(asked[kernel].default) and len(steps) > 1 for steps in configs), kernel
+
+
+CANDIDATES_PROGRAM = """
+import sys
+from xlstm_scaling.kernels import problems, tuning
+from xlstm_scaling.kernels.compilation import compile_launches, table
+from xlstm_scaling.kernels.compilation import clean_environment, record
+from xlstm_scaling.kernels.triton_launch import TARGETS
+chosen = tuning.tuned_problems() if "all" in sys.argv else [
+    problems.step(32, 8, 256, 512), problems.rms_norm(16384, 768), problems.gated_silu(16384, 2048)
+]
+work = tuning.candidate_launches(chosen, TARGETS["sm_90"])
+rows = compile_launches(work, processes=2)
+print(table([row for row in rows if not row.ok]), file=sys.stderr)
+print(len(rows), sum(not row.ok for row in rows))
+"""
+
+
+def compiled_candidates(*arguments):
+    """(compiled, failed) on sm_90, in a process whose Triton is a compiler."""
+    pytest.importorskip("triton", reason="ahead-of-time compilation needs Triton")
+    command = [sys.executable, "-c", CANDIDATES_PROGRAM, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), check=False)
+    assert result.returncode == 0, result.stderr
+    count, failed = (int(number) for number in result.stdout.split())
+    assert not failed, result.stderr
+    return count
+
+
+def test_candidates_compile_without_spilling():
+    assert compiled_candidates() >= 10
+
+
+@pytest.mark.slow
+def test_every_candidate_compiles_without_spilling():
+    assert compiled_candidates("all") >= 80
+
+
 def test_neighbours_keep_to_what_can_be():
     assert tuning.neighbours({"BLOCK": 1, "num_warps": 16, "num_stages": 1}) == [
         {"BLOCK": 2, "num_warps": 16, "num_stages": 1},
         {"BLOCK": 1, "num_warps": 8, "num_stages": 1},
         {"BLOCK": 1, "num_warps": 16, "num_stages": 2},
     ]
+
+
+def test_what_is_imported_while_requests_are_noted_is_not_noted_later():
+    pytest.importorskip("triton", reason="the kernels' modules need Triton")
+    program = """
+from xlstm_scaling.kernels import problems, tuning
+from xlstm_scaling.kernels.compilation import record
+from xlstm_scaling.kernels.triton_launch import TARGETS
+for problem in (problems.gated_silu(64, 128), problems.gated_silu(64, 256)):
+    with tuning.observed() as requests:
+        record(problem, TARGETS["sm_90"])
+    print(*sorted({request.key for request in requests.values()}))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines() == ["bfloat16 F=128", "bfloat16 F=256"], result.stderr
+
+
+def test_tensors_of_another_gpu_are_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    here, there = (SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1))
+    token = triton_launch._RECORD.set(None)
+    try:
+        triton_launch.check_device(here, here)
+        with pytest.raises(ValueError, match="run on the current GPU, cuda:0, got cuda:0, cuda:1; "):
+            triton_launch.check_device(here, there)
+    finally:
+        triton_launch._RECORD.reset(token)

@@ -175,3 +175,40 @@ def test_unknown_architecture_is_named():
 
     with pytest.raises(ValueError, match="no model for architecture 'mamba'; known: xlstm, transformer"):
         build_model(replace(SHAPES["xlstm"], arch="mamba"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("xlstm", {}), ("xlstm", {"kernel_form": "parallel", "kernel_backend": "torch"}), ("transformer", {})],
+)
+def test_a_model_says_which_kernels_it_asks_for(arch, options, monkeypatch):
+    from xlstm_scaling.models import layers, xlstm
+
+    model, seen, original = build_model(SHAPES[arch], **options), set(), layers.select
+
+    def spy(op, device, form=None, backend="auto", *args, **kwargs):
+        seen.add((op, form, backend))
+        return original(op, device, form, backend, *args, **kwargs)
+
+    for module in (layers, xlstm):
+        monkeypatch.setattr(module, "select", spy)
+    x = tokens(2, 12)
+    model.loss(x, x).backward()
+    assert seen == set(MODELS[arch].operations(**options))
+
+
+def test_a_new_architecture_brings_its_own_kernels(monkeypatch):
+    from types import SimpleNamespace
+
+    from xlstm_scaling.kernels.certification.usage import used_kernels
+
+    class Recurrent(MODELS["xlstm"].block):
+        @classmethod
+        def operations(cls, **options):
+            return [("mlstm", "recurrent", "torch")]
+
+    monkeypatch.setitem(MODELS, "third", type("Third", (MODELS["xlstm"],), {"block": Recurrent}))
+    spec = SimpleNamespace(arch="third", model_options={"kernel_form": "chunkwise"}, compute_dtype="float32")
+    first, *others = used_kernels(spec, "cpu")
+    assert first == ("mlstm", "recurrent", "torch", "float32")
+    assert [op for op, *_ in others] == ["rms_norm", "linear_cross_entropy"]  # every model's

@@ -36,6 +36,22 @@ _PRODUCTS = {
     torch.float32: (tl.float32, None, torch.float32),
 }
 MAX_CHUNK_SIZE = 1024
+#: what tuning tries first, as steps from the default: a narrower accumulator, and for it fewer warps, a deeper pipeline
+#: or wider slices; for the sequential kernels other shapes of a program's block of C
+_BLOCKS_OF_C = (
+    {"BK": -1, "BV": 1},
+    {"BK": 1, "BV": -1},
+    {"BV": -1, "num_warps": -1},
+    {"BV": -1, "num_warps": -1, "num_stages": 2},
+)
+CANDIDATES = {
+    "mlstm_states": _BLOCKS_OF_C,
+    "mlstm_state_gradients": _BLOCKS_OF_C,
+    "mlstm_outputs": ({"BV": -1, "num_stages": 1}, {"BV": -1, "BC": 1}, {"BK": -1, "BC": -1, "num_stages": 1}),
+    "mlstm_value_gradients": ({"BV": -1, "num_warps": -1}, {"BV": -1, "num_stages": 1}, {"BV": -1, "BC": 1}),
+    "mlstm_query_gradients": ({"BK": -1, "BC": 1},),
+    "mlstm_key_gradients": ({"BK": -1, "BC": 1}, {"BK": -1, "num_stages": 1}),
+}
 
 
 class _Problem(NamedTuple):
@@ -103,18 +119,18 @@ def _defaults(kernel: str, p: _Problem) -> dict[str, int]:
     ``query_gradients``); wider ones run in ``slices``. ``widest``: the accumulator.
     """
     width_k, width_v = (max(16, triton.next_power_of_2(d)) for d in (p.d_qk, p.d_v))
-    shared = current_target().shared_memory_bytes
+    shared, blackwell = current_target().shared_memory_bytes, current_target().arch in (100, 101, 103)
     if current_target().backend == "interpreter":  # every program costs
         keep, widest, slices, state_v = 512, 512, 512, 512
     elif p.dtype != torch.bfloat16:
         keep, widest, slices, state_v = 32, 32, 32, 32
     elif shared < 100 * 1024:
         keep, widest, slices, state_v = 32, 64, 32, 64
-    elif shared < 200 * 1024 or current_target().arch == 100:
+    elif shared < 200 * 1024 or blackwell:
         keep, widest, slices, state_v = 64, 128, 64, 128
     else:
         keep, widest, slices, state_v = 256, 256 if width_k <= 256 else 128, 64, 128
-    reads = 32 if current_target().arch == 100 else slices
+    reads = 32 if blackwell else slices
     stages = 2 if shared >= 100 * 1024 else 1
 
     masked = (width_k, width_v) != (p.d_qk, p.d_v)  # masks take registers

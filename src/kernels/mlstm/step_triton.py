@@ -20,6 +20,16 @@ from xlstm_scaling.kernels.triton_launch import check_device, configuration, lau
 from xlstm_scaling.kernels.triton_math import cast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: what tuning tries first, as steps from the default: programs of more or fewer columns at the same elements a thread,
+#: or of fewer rows at a time
+CANDIDATES = {
+    "mlstm_step_kernel": (
+        {"BLOCK_V": 1, "num_warps": 1},
+        {"BLOCK_V": -1, "num_warps": -1},
+        {"BLOCK_K": -1, "BLOCK_V": 1},
+        {"BLOCK_K": -1, "num_warps": -1},
+    )
+}
 
 
 @triton.jit
