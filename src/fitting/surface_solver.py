@@ -1,208 +1,371 @@
-"""Batched damped Newton for the Huber fit of the loss surface.
+"""Batched damped Newton for the Huber fit of the loss surface, with analytic first and second derivatives.
 
-Minimises, for many starts or bootstrap resamples at once,
+For many starts, resamples and thresholds at once it minimises
 
-    F(theta) = sum_i w_i * Huber_delta(log L_i - f_i(theta)),
-    f = logsumexp(gamma * logsumexp(a - alpha * n, b - beta * d), e)
+    F = sum_i w_i * Huber_delta(ln L_i - f_i),    f = logsumexp(gamma * logsumexp(ln A - alpha n, ln B - beta d), e)
 
-with theta = (a, b, e, alpha, beta[, gamma]) and n, d the centred log N, log D. The form is that of Hoffmann et al.
-2022, section D.2, with the outer exponent gamma of "xLSTM Scaling Laws" added. Gradient and Hessian are analytic.
+(the logsumexp form of Hoffmann et al. 2022, section D.2, with the outer exponent gamma of "xLSTM Scaling Laws"), n and
+d the centred ln N and ln D. The unknowns are eta = (gamma ln A, gamma ln B, e, gamma alpha, gamma beta[, gamma]): the
+reducible loss is then the 1/gamma-norm of two power laws, so gamma only rounds the place where they cross, and the
+valley along which alpha, beta, ln A and ln B trade against gamma becomes straight. With gamma = 1 nothing changes.
+
+A step is taken in the amplitudes A, B, E, not in their logarithms: L is linear in them (gamma = 1), and a term that has
+nearly vanished comes back in one step instead of crawling up an exponential.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-_MAX_BACKTRACKS = 4
+_ELEMENTS = 16_384  # (problems, runs) elements worked on at once: what fits in cache with all intermediates
+_TINY = 1e-300
+
+
+def _keep_memory() -> None:
+    """Have glibc keep freed memory: once a large block was freed it returns only larger ones to the system.
+
+    Otherwise every intermediate above 128 KiB is mapped and faulted in anew, which costs as much as the arithmetic.
+    """
+    np.empty(1 << 21)  # 16 MiB, freed at once
+
+
+def to_eta(theta: Array) -> Array:
+    """Return eta (see module) of theta = (ln A, ln B, e, alpha, beta[, gamma]), shape (..., P)."""
+    eta = np.array(theta, dtype=np.float64)
+    if eta.shape[-1] == 6:
+        eta[..., [0, 1, 3, 4]] *= eta[..., 5:]
+    return eta
+
+
+def to_theta(eta: Array) -> Array:
+    """Return theta of eta, the inverse of `to_eta`."""
+    theta = np.array(eta, dtype=np.float64)
+    if theta.shape[-1] == 6:
+        theta[..., [0, 1, 3, 4]] /= theta[..., 5:]
+    return theta
 
 
 @dataclass(frozen=True)
 class SurfaceProblem:
-    """Data and box of one loss-surface fit.
+    """Data and box of a loss-surface fit.
 
     Attributes:
         log_params: centred ln N, shape (n,).
         log_tokens: centred ln D, shape (n,).
         log_loss: ln of the loss in nat/token, shape (n,).
-        huber_delta: threshold of the Huber penalty, in units of ln loss.
-        lower, upper: box of theta, shape (P,); P = 5 fixes gamma at 1, P = 6 frees it.
+        lower, upper: box of eta, shape (P,); P = 5 fixes gamma at 1, P = 6 frees it.
     """
 
     log_params: Array
     log_tokens: Array
     log_loss: Array
-    huber_delta: float
     lower: Array
     upper: Array
 
-    def _forward(self, theta: Array) -> tuple[Array, ...]:
-        a, b, e, alpha, beta = (theta[:, j, None] for j in range(5))
-        gamma = theta[:, 5, None] if theta.shape[1] == 6 else 1.0
-        u = a - alpha * self.log_params  # [B, n]
-        v = b - beta * self.log_tokens
-        s = _logaddexp(u, v)
-        f = _logaddexp(gamma * s, e)
-        return u, s, f, gamma
+    @cached_property
+    def _moments(self) -> tuple[Array, ...]:
+        """Powers of -n and -d that the sums over runs need: (n,), (n, 2), (n, 2), (n, 3), (n, 3), (n, 4)."""
+        one, n, d = np.ones_like(self.log_params), self.log_params, self.log_tokens
+        stacks = ((one, -n), (one, -d), (one, -n, n * n), (one, -d, d * d), (one, -n, -d, n * d))
+        return (one, *(np.column_stack(stack) for stack in stacks))
 
-    def predict(self, theta: Array) -> Array:
-        """Return ln L at the data, shape (B, n), for parameters `theta` of shape (B, P)."""
-        return self._forward(theta)[2]
+    def _forward(self, eta: Array) -> tuple[Array, ...]:
+        """Return shares p and q, ln S, ln(x / z), share of the reducible loss, ln L; each (B, n). `eta`: (P, B)."""
+        columns = eta[:, :, None]
+        u = columns[0] - columns[3] * self.log_params
+        v = columns[1] - columns[4] * self.log_tokens
+        gamma = 1.0
+        if len(eta) == 6:
+            gamma = columns[5]
+            u /= gamma
+            v /= gamma
+        contrast = u - v
+        ratio = np.exp(-np.minimum(np.abs(contrast), 100.0))  # no denormal numbers: they are slow
+        larger = 1.0 / (1.0 + ratio)
+        inner = np.maximum(u, v) - np.log(larger)
+        first = contrast >= 0
+        smaller = ratio * larger
+        p, q = np.where(first, larger, smaller), np.where(first, smaller, larger)
+        reducible = np.exp(gamma * inner)
+        loss = reducible + np.exp(columns[2])
+        entropy = inner - p * u - q * v if len(eta) == 6 else inner
+        return p, q, entropy, contrast, reducible / loss, np.log(loss)
 
-    def value(self, theta: Array, weights: Array) -> Array:
-        """Return the objective, shape (B,); `weights` has shape (B, n) or (1, n)."""
-        return (weights * self._huber(self.log_loss - self.predict(theta))).sum(axis=1)
+    def predict(self, eta: Array) -> Array:
+        """Return ln L at the data, shape (B, n), for `eta` of shape (B, P)."""
+        return self._forward(np.asarray(eta).T)[-1]
 
-    def _huber(self, residual: Array) -> Array:
+    def value(self, eta: Array, delta: Array | float, weights: Array | None = None) -> Array:
+        """Return the objective, shape (B,), for `eta` (B, P), `delta` () or (B,), `weights` (B, n), (n,) or None."""
+        residual = self.log_loss - self.predict(eta)
         size = np.abs(residual)
-        clipped = np.minimum(size, self.huber_delta)
-        return clipped * (size - 0.5 * clipped)
+        clipped = np.minimum(size, np.broadcast_to(delta, len(eta))[:, None])
+        huber = clipped * (size - 0.5 * clipped)
+        return (huber if weights is None else huber * weights).sum(axis=1)
 
-    def jacobian(self, theta: Array) -> Array:
-        """Return d ln L / d theta, shape (B, n, P)."""
-        return self._tangents(theta)[0]
+    def jacobian(self, eta: Array) -> Array:
+        """Return d ln L / d eta, shape (B, n, P), for `eta` of shape (B, P)."""
+        p, q, entropy, _, share, _ = self._forward(np.asarray(eta).T)
+        slopes = [p, q, (1.0 - share) / share, -p * self.log_params, -q * self.log_tokens, entropy]
+        return np.stack([share * slope for slope in slopes[: np.shape(eta)[1]]], axis=2)
 
-    def _tangents(self, theta: Array) -> tuple[Array, ...]:
-        u, s, f, gamma = self._forward(theta)
-        p = np.exp(u - s)  # share of the parameter term
-        q = 1.0 - p
-        reducible = np.exp(gamma * s - f)
-        shape = (*u.shape, theta.shape[1])
-        slope_s, cross = np.zeros(shape), np.zeros(shape)
-        slope_s[..., 0], slope_s[..., 1] = p, q
-        slope_s[..., 3], slope_s[..., 4] = -p * self.log_params, -q * self.log_tokens
-        cross[..., 0], cross[..., 1] = 1.0, -1.0
-        cross[..., 3], cross[..., 4] = -self.log_params, self.log_tokens
-        slope_t = slope_s * gamma[..., None] if theta.shape[1] == 6 else slope_s.copy()
-        if theta.shape[1] == 6:
-            slope_t[..., 5] = s
-        contrast = slope_t.copy()
-        contrast[..., 2] = -1.0
-        jacobian = reducible[..., None] * slope_t
-        jacobian[..., 2] = 1.0 - reducible
-        return jacobian, contrast, cross, slope_s, reducible, p * q * gamma, f
+    def derivatives(
+        self, eta: Array, delta: Array | float, weights: Array | None = None
+    ) -> tuple[Array, Array, Array, Array]:
+        """Return objective, gradient, Hessian and majoriser for a batch that lies along the LAST axis.
 
-    def derivatives(self, theta: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
-        """Return objective (B,), gradient (B, P), exact Hessian (B, P, P) and its majoriser (B, P, P).
+        Amplitudes count as relative amplitudes: the first three coordinates are the relative changes of A (gamma-th
+        power of its own retraction, see `_retract`), B and E at `eta`; the gradient is the same as for logarithms.
 
-        The majoriser is the Gauss-Newton matrix with the weights min(1, delta / |r|) of iteratively reweighted
-        least squares.
+        Args:
+            eta: shape (P, B).
+            delta: Huber threshold, shape () or (B,).
+            weights: weight of each run, shape (B, n), (n,) or None for ones.
+
+        Returns:
+            Objective (B,), gradient (P, B), Hessian (P, P, B), and the Gauss-Newton matrix (P, P, B) with the weights
+            min(1, delta / |r|) of iteratively reweighted least squares (Huber & Ronchetti 2009, section 7.8).
         """
-        jacobian, contrast, cross, slope_s, reducible, mix, f = self._tangents(theta)
-        residual = self.log_loss - f
+        size_p, batch = eta.shape
+        one, n1, d1, n2, d2, cross = self._moments
+        p, q, entropy, contrast, share, log_loss = self._forward(eta)
+        residual = self.log_loss - log_loss
         size = np.abs(residual)
-        value = (weights * self._huber(residual)).sum(axis=1)
-        psi = weights * np.clip(residual, -self.huber_delta, self.huber_delta)
-        gradient = -np.einsum("bi,bij->bj", psi, jacobian)
+        delta = np.broadcast_to(delta, batch)[:, None]
+        clipped = np.minimum(size, delta)
+        huber = clipped * (size - 0.5 * clipped)
+        irls = clipped / np.maximum(size, 1e-30)
+        inside = (size < delta).astype(np.float64)
+        if weights is not None:
+            huber *= weights
+            irls *= weights
+            inside *= weights
+        psi = irls * residual
+        floor = 1.0 - share
+        pull = psi * share
+        mixed = share * floor
+        pp, pq, qq = p * p, p * q, q * q
 
-        irls = weights * np.minimum(1.0, self.huber_delta / np.maximum(size, 1e-300))
-        jacobian_t = np.swapaxes(jacobian, 1, 2)
-        majoriser = (jacobian_t * irls[:, None, :]) @ jacobian
-        inside = np.where(size < self.huber_delta, weights, 0.0)
-        hessian = (jacobian_t * inside[:, None, :]) @ jacobian
-        hessian -= (np.swapaxes(contrast, 1, 2) * (psi * reducible * (1.0 - reducible))[:, None, :]) @ contrast
-        hessian -= (np.swapaxes(cross, 1, 2) * (psi * reducible * mix)[:, None, :]) @ cross
-        if theta.shape[1] == 6:
-            row = np.einsum("bi,bij->bj", psi * reducible, slope_s)
-            hessian[:, 5, :] -= row
-            hessian[:, :, 5] -= row
-        return value, gradient, hessian, majoriser
+        gradient = np.empty((size_p, batch))
+        gradient[[0, 3]] = -((pull * p) @ n1).T
+        gradient[[1, 4]] = -((pull * q) @ d1).T
+        gradient[2] = -(psi * floor) @ one
+        if size_p == 6:
+            gradient[5] = -(pull * entropy) @ one
+
+        def gauss_newton(both: Array, mix: Array, constant: Array) -> Array:
+            matrix = np.empty((size_p, size_p, batch))
+            matrix[0, 0], matrix[0, 3], matrix[3, 3] = ((both * pp) @ n2).T
+            matrix[1, 1], matrix[1, 4], matrix[4, 4] = ((both * qq) @ d2).T
+            matrix[0, 1], matrix[1, 3], matrix[0, 4], matrix[3, 4] = ((both * pq) @ cross).T
+            matrix[0, 2], matrix[2, 3] = ((mix * p) @ n1).T
+            matrix[1, 2], matrix[2, 4] = ((mix * q) @ d1).T
+            matrix[2, 2] = constant @ one
+            if size_p == 6:
+                rounded = both * entropy
+                matrix[5, 5] = (rounded * entropy) @ one
+                matrix[0, 5], matrix[3, 5] = ((rounded * p) @ n1).T
+                matrix[1, 5], matrix[4, 5] = ((rounded * q) @ d1).T
+                matrix[2, 5] = (mix * entropy) @ one
+            return matrix
+
+        majoriser = gauss_newton(irls * share * share, irls * mixed, irls * floor * floor)
+        bend = psi * mixed
+        hessian = gauss_newton(inside * share * share - bend, inside * mixed + bend, (inside + psi) * floor * floor)
+        if size_p == 6:
+            pull = pull / eta[5][:, None]
+        kink = pull * pq
+        _, down_n, down_nn = (kink @ n2).T
+        _, down_d, down_dd = (kink @ d2).T
+        hessian[0, 0] += (pull * pp) @ one  # a relative change of A, not of ln A
+        hessian[1, 1] += (pull * qq) @ one
+        hessian[0, 3] -= down_n
+        hessian[3, 3] -= down_nn
+        hessian[1, 4] -= down_d
+        hessian[4, 4] -= down_dd
+        for (i, j), term in zip(((0, 1), (1, 3), (0, 4), (3, 4)), (kink @ cross).T):
+            hessian[i, j] += term
+        if size_p == 6:
+            tilted = kink * contrast
+            hessian[[0, 3], 5] += (tilted @ n1).T
+            hessian[[1, 4], 5] -= (tilted @ d1).T
+            hessian[5, 5] -= (tilted * contrast) @ one
+        for matrix in (hessian, majoriser):
+            for i in range(size_p):
+                matrix[i, :i] = matrix[:i, i]
+        return huber @ one, gradient, hessian, majoriser
 
 
 @dataclass(frozen=True)
-class NewtonResult:
+class Descent:
     """Where each problem of a batch ended.
 
     Attributes:
-        theta: parameters, shape (B, P).
-        value: objective, shape (B,).
-        converged: whether the projected Newton step predicts no further gain, shape (B,).
+        eta: end points, shape (B, P).
+        value: objective, shape (B,); inf where it could not be evaluated.
+        converged: the Newton step from the end point predicts a relative gain below the tolerance, shape (B,).
     """
 
-    theta: Array
+    eta: Array
     value: Array
     converged: NDArray[np.bool_]
 
-    def take(self, index: NDArray[np.intp]) -> "NewtonResult":
+    def take(self, index: NDArray[np.intp]) -> "Descent":
         """Return the problems at `index`."""
-        return NewtonResult(self.theta[index], self.value[index], self.converged[index])
+        return Descent(self.eta[index], self.value[index], self.converged[index])
 
 
-def minimise(
-    problem: SurfaceProblem, theta: Array, weights: Array, *, max_iterations: int, tolerance: float = 1e-12
-) -> NewtonResult:
-    """Run a damped, projected Newton method on every row of `theta`.
+def descend(
+    problem: SurfaceProblem,
+    eta: Array,
+    delta: Array | float,
+    weights: Array | None = None,
+    *,
+    max_iterations: int = 300,
+    tolerance: float = 1e-12,
+    damping: float = 1.0,
+    amplitudes_only: bool = False,
+) -> Descent:
+    """Run a damped, projected Newton method from every row of `eta`.
+
+    The matrix is Hessian + lambda * majoriser, and (1 + lambda) * majoriser where that is not positive definite. A step
+    that does not lower the objective raises lambda (Levenberg-Marquardt). Problems that have ended leave the batch and
+    others take their place, so a slow one holds up nobody.
 
     Args:
-        problem: data, threshold and box.
-        theta: starts, shape (B, P).
-        weights: multiplicity of each run, shape (B, n) or (1, n).
+        problem: data and box.
+        eta: starts, shape (B, P).
+        delta: Huber threshold, shape () or (B,).
+        weights: weight of each run, shape (n,), (B, n) or None.
         max_iterations: steps a problem may take.
-        tolerance: stop when the predicted decrease is below `tolerance` times the objective.
+        tolerance: stop when the Newton step predicts a decrease below `tolerance` times the objective (the Newton
+            decrement: the gradient measured by the inverse Hessian, so a flat valley does not hide a slope).
+        damping: lambda of the first step; less than 1 where the starts are nearly minima.
+        amplitudes_only: hold the exponents (all of eta after the first three).
 
     Returns:
         The end points; their objective never exceeds that of the (clipped) start.
     """
-    theta = np.clip(theta, problem.lower, problem.upper)
-    weights = np.broadcast_to(weights, (len(theta), weights.shape[1]))
-    value = problem.value(theta, weights)
-    value[~np.isfinite(value)] = np.inf
-    converged = np.zeros(len(theta), dtype=bool)
-    damping = np.ones(len(theta))
-    active = np.flatnonzero(np.isfinite(value))
-    floor = 1e-22 * weights.shape[1]
-    for _ in range(max_iterations):
-        if active.size == 0:
-            break
-        here, rows = theta[active], weights[active]
-        _, gradient, hessian, majoriser = problem.derivatives(here, rows)
-        pinned = ((here <= problem.lower) & (gradient > 0)) | ((here >= problem.upper) & (gradient < 0))
-        gradient, curvature, majoriser, scale = _scaled(gradient, hessian, majoriser, pinned)
-        moved = np.zeros(active.size, dtype=bool)
-        trying = np.arange(active.size)
-        for _ in range(_MAX_BACKTRACKS):
-            matrix = curvature[trying] + damping[active[trying], None, None] * majoriser[trying]
-            step = -np.linalg.solve(matrix, gradient[trying][..., None])[..., 0]
-            gain = -(step * gradient[trying]).sum(axis=1)
-            trial = np.clip(here[trying] + step / scale[trying], problem.lower, problem.upper)
-            trial_value = problem.value(trial, rows[trying])
-            target = active[trying]
-            done = gain <= tolerance * value[target] + floor
-            better = trial_value < value[target]
-            theta[target[better]], value[target[better]] = trial[better], trial_value[better]
-            converged[target[done]] = True
-            moved[trying[better]] = True
-            damping[target[better]] *= 0.2
-            damping[target[~better]] *= 8.0
-            trying = trying[~better & ~done]
-            if trying.size == 0:
-                break
-        stuck = ~moved & (damping[active] > 1e12)
-        damping = np.maximum(damping, 1e-9)
-        active = active[~converged[active] & ~stuck]
-    return NewtonResult(theta, value, converged)
+    count = len(eta)
+    _keep_memory()
+    delta = np.broadcast_to(np.asarray(delta, dtype=np.float64), count)
+    if weights is not None and np.ndim(weights) == 2:
+        weights = np.broadcast_to(weights, (count, len(problem.log_loss)))
+    with np.errstate(all="ignore"):
+        return _descend(problem, np.asarray(eta), delta, weights, max_iterations, tolerance, damping, amplitudes_only)
 
 
-def _scaled(
-    gradient: Array, hessian: Array, majoriser: Array, pinned: NDArray[np.bool_]
-) -> tuple[Array, Array, Array, Array]:
-    """Scale by the majoriser's diagonal, pin variables at the box, make the Hessian positive (absolute eigenvalues)."""
-    diagonal = np.einsum("bjj->bj", majoriser)
-    largest = diagonal.max(axis=1, keepdims=True)
-    scale = np.sqrt(np.maximum(diagonal, 1e-12 * largest) + 1e-290)
-    outer = scale[:, :, None] * scale[:, None, :]
+def _descend(
+    problem: SurfaceProblem,
+    start: Array,
+    delta: Array,
+    weights: Array | None,
+    max_iterations: int,
+    tolerance: float,
+    first_damping: float,
+    amplitudes_only: bool,
+) -> Descent:
+    count, size = start.shape
+    lower, upper = problem.lower[:, None], problem.upper[:, None]
+    ended = Descent(np.clip(start, problem.lower, problem.upper), np.full(count, np.inf), np.zeros(count, bool))
+    width = int(np.clip(_ELEMENTS // len(problem.log_loss), 16, 1024))
+    smallest = 1e-22 * len(problem.log_loss)
+    diagonal = np.arange(size)
+    state: list[Array] = []  # row, iteration, damping, eta, objective, gradient, Hessian, majoriser; batch last
+    waiting = 0
+
+    def evaluate(rows: NDArray[np.intp], eta: Array) -> tuple[Array, ...]:
+        mine = weights[rows] if weights is not None and weights.ndim == 2 else weights
+        return problem.derivatives(eta, delta[rows], mine)
+
+    while waiting < count or (state and state[0].size):
+        room = width - (state[0].size if state else 0)
+        if waiting < count and (room >= width // 4 or count - waiting <= room):
+            rows = np.arange(waiting, min(waiting + room, count))
+            waiting = rows[-1] + 1
+            eta = ended.eta[rows].T.copy()
+            fresh = [rows, np.zeros(rows.size, int), np.full(rows.size, first_damping), eta]
+            fresh += evaluate(rows, eta)
+            ended.value[rows] = np.where(np.isfinite(fresh[4]), fresh[4], np.inf)
+            fresh = [part[..., np.isfinite(fresh[4])] for part in fresh]
+            state = [np.concatenate(pair, axis=-1) for pair in zip(state, fresh)] if state else fresh
+            continue
+        rows, iteration, damping, eta, value, gradient, hessian, majoriser = state
+        pinned = ((eta <= lower) & (gradient > 0)) | ((eta >= upper) & (gradient < 0))
+        pinned[3:] |= amplitudes_only
+        scale = majoriser[diagonal, diagonal]
+        scale = np.sqrt(np.maximum(scale, 1e-12 * scale.max(axis=0)) + _TINY)
+        slope = np.where(pinned, 0.0, gradient / scale)
+        step, definite = _solve(_matrix(hessian + damping * majoriser, scale, damping, pinned), slope)
+        weak = np.flatnonzero(~definite)
+        if weak.size:
+            other = (1.0 + damping[weak]) * majoriser[..., weak]
+            other = _matrix(other, scale[:, weak], damping[weak], pinned[:, weak])
+            step[:, weak] = _solve(other, slope[:, weak])[0]
+        decrement = -(step * slope).sum(axis=0)
+        done = (decrement <= tolerance * value + smallest) & (damping <= 0.1) & definite
+        trial = np.clip(_retract(eta, step / scale), lower, upper)
+        tried = (trial, *evaluate(rows, trial))
+        better = tried[1] < value
+        for k, new in enumerate(tried, start=3):
+            state[k] = np.where(better, new, state[k])
+        state[1] = iteration + 1
+        damping = state[2] = np.where(better, np.maximum(0.2 * damping, 1e-9), 8.0 * damping)
+        leaving = done | (state[1] >= max_iterations) | (damping > 1e12)
+        if leaving.any():
+            gone = rows[leaving]
+            ended.eta[gone], ended.value[gone] = state[3][:, leaving].T, state[4][leaving]
+            ended.converged[gone] = done[leaving]
+            state = [part[..., ~leaving] for part in state]
+    return ended
+
+
+def _matrix(matrix: Array, scale: Array, damping: Array, pinned: NDArray[np.bool_]) -> Array:
+    """Scale rows and columns, add a little damping of its own to each variable, take the pinned ones out."""
+    matrix = matrix / (scale[:, None] * scale)
     free = ~pinned
-    both = free[:, :, None] & free[:, None, :]
-    identity = np.eye(gradient.shape[1])
-    hessian = np.where(both, hessian / outer, 0.0)
-    values, vectors = np.linalg.eigh(hessian)
-    curvature = (vectors * np.abs(values)[:, None, :]) @ np.swapaxes(vectors, 1, 2)
-    curvature += 1e-13 * identity
-    majoriser = np.where(both, majoriser / outer, 0.0) + 1e-3 * identity
-    return np.where(free, gradient / scale, 0.0), curvature, majoriser, scale
+    diagonal = np.arange(len(scale))
+    matrix[diagonal, diagonal] += 1e-3 * damping + 1e-13
+    matrix *= free[:, None] & free
+    matrix[diagonal, diagonal] += pinned
+    return matrix
 
 
-def _logaddexp(x: Array, y: Array) -> Array:
-    """Return ln(exp x + exp y) (faster on large batches than np.logaddexp)."""
-    return np.maximum(x, y) + np.log1p(np.exp(-np.abs(x - y)))
+def _retract(eta: Array, step: Array) -> Array:
+    """Return the point reached by relative steps in A, B (each at its own gamma) and E and plain steps in the rest."""
+    moved = eta + step
+    power = eta[5] if len(eta) == 6 else 1.0
+    moved[:2] = eta[:2] + power * np.log(np.maximum(1.0 + step[:2] / power, 0.1))
+    moved[2] = eta[2] + np.log(np.maximum(1.0 + step[2], 1e-9))
+    return moved
+
+
+def _solve(matrix: Array, gradient: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """Solve matrix @ step = -gradient by L D Lᵀ for a batch along the last axis; also, whether D was positive.
+
+    Pivots that are not positive are replaced, so that the step is finite and goes down.
+    """
+    size = len(matrix)
+    low: list[list[Array]] = [[] for _ in range(size)]
+    pivots: list[Array] = []
+    definite = np.ones(matrix.shape[2], dtype=bool)
+    for j in range(size):
+        pivot = matrix[j, j] - sum((low[j][k] ** 2 * pivots[k] for k in range(j)), start=0.0)
+        positive = pivot > 1e-14
+        definite &= positive
+        pivots.append(np.where(positive, pivot, np.maximum(np.abs(pivot), 1e-3)))
+        for i in range(j + 1, size):
+            entry = matrix[i, j] - sum((low[i][k] * low[j][k] * pivots[k] for k in range(j)), start=0.0)
+            low[i].append(entry / pivots[j])
+    step = -gradient
+    for i in range(size):
+        for k in range(i):
+            step[i] -= low[i][k] * step[k]
+    for i in reversed(range(size)):
+        step[i] /= pivots[i]
+        for k in range(i + 1, size):
+            step[i] -= low[k][i] * step[k]
+    return step, definite

@@ -1,18 +1,16 @@
 """Loss surfaces of a study: subsets, forms, sensitivity to the Huber threshold, and bootstrap intervals as tables."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from .loss_surface import SURFACE_FIELDS
 from .resampling import percentile_interval, stratified_counts
-from .surface_fit import SurfaceFit, bootstrap_surface, fit_surface
+from .surface_fit import SAMPLED, SurfaceFit, bootstrap_surface, fit_surface_ladder
 from .tables import make_table
-
-_SAMPLED = (*SURFACE_FIELDS, "exponent_params", "exponent_tokens")
 
 
 def base_context(runs: pd.DataFrame, config: Mapping[str, Any]) -> int:
@@ -29,7 +27,7 @@ def fit_surfaces(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Fit every architecture, subset and form at the base context.
 
-    The main Huber delta gets bootstrap intervals; the sensitivity deltas are point fits that continue from it.
+    The main Huber delta gets bootstrap intervals; the sensitivity deltas are point fits.
     Resamples keep the number of runs of each FLOP budget, and of the token/param set as a whole.
 
     Args:
@@ -59,13 +57,13 @@ def fit_surfaces(
                     progress(f"loss surface: {arch}, context {context}, {subset}, {form}")
                 key = {"arch": arch, "context_length": context, "subset": subset, "form": form}
                 key["num_runs"] = len(data)
-                fit = fit_surface(*values, surface, form=form)
+                deltas = [main, *(float(delta) for delta in surface["sensitivity_deltas"])]
+                fit, *others = fit_surface_ladder(*values, surface, form=form, deltas=deltas)
                 rows.append(key | _row(fit, main) | _intervals(fit, data, key, config))
-                for delta in surface["sensitivity_deltas"]:
-                    if np.isclose(float(delta), main, rtol=1e-12, atol=0):
+                for other in others:
+                    if np.isclose(other.huber_delta, main, rtol=1e-12, atol=0):
                         continue
-                    other = fit_surface(*values, surface, form=form, huber_delta=float(delta), warm=fit)
-                    row = _row(other, float(delta))
+                    row = _row(other, other.huber_delta)
                     row["detail"] += " No bootstrap at this delta."
                     rows.append(key | row)
                 if fit.surface is not None:
@@ -92,20 +90,39 @@ def _intervals(
     """Return the `_lo`, `_hi` columns and the detail with the number of resamples that converged."""
     if fit.surface is None:
         return {}
-    cells = data["experiment_set"].astype(str) + data["isoflop_tag"].astype(object).fillna("").astype(str)
-    stream = ("surface", key["arch"], key["context_length"], key["subset"])
-    dimension = fit.problem.lower.size
-    counts = stratified_counts(
-        list(cells), int(config["num_resamples"]), config["seed"], *stream, min_distinct=dimension
-    )
-    centre = tuple(float(np.log(data[name]).mean()) for name in ("num_params", "num_tokens"))
-    samples, survivors = bootstrap_surface(fit, counts, centre, config["surface"])
+    samples, survivors = surface_samples(fit, data, config, key["arch"], key["context_length"], key["subset"])
     intervals: dict[str, Any] = {}
-    for name, column in zip(_SAMPLED, samples.T):
+    for name, column in zip(SAMPLED, samples.T):
         intervals[f"{name}_lo"], intervals[f"{name}_hi"] = percentile_interval(column, config["confidence"])
     if key["form"] == "gamma_fixed":
         intervals["gamma_lo"] = intervals["gamma_hi"] = np.nan
-    detail = f"{fit.detail} {survivors} of {len(counts)} resamples converged."
+    detail = f"{fit.detail} {survivors} of {len(samples)} resamples converged."
     if np.isnan(intervals["exponent_params_lo"]):
         detail += " Fewer than half: no interval."
     return intervals | {"detail": detail}
+
+
+def surface_samples(
+    fit: SurfaceFit, data: pd.DataFrame, config: Mapping[str, Any], *stream: Hashable
+) -> tuple[NDArray[np.float64], int]:
+    """Return the bootstrap of a fit; resamples keep the number of runs of each FLOP budget and of the token/param set.
+
+    Args:
+        fit: a fit with values.
+        data: the runs that it was fitted to, in the same order: experiment_set, isoflop_tag.
+        config: the group `fitting`.
+        stream: what names the random stream besides "surface": architecture, context, subset.
+
+    Returns:
+        As `bootstrap_surface`: `SAMPLED` of each resample, and how many converged.
+    """
+    cells = data["experiment_set"].astype(str) + data["isoflop_tag"].astype(object).fillna("").astype(str)
+    counts = stratified_counts(
+        list(cells),
+        int(config["num_resamples"]),
+        config["seed"],
+        "surface",
+        *stream,
+        min_distinct=fit.problem.lower.size,
+    )
+    return bootstrap_surface(fit, counts, config["surface"])

@@ -66,9 +66,9 @@ def _make_runs(noise=0.0, seed=0, contexts=(256, 512), budgets=(1e11, 3e11, 1e12
 
 
 def _shared():
-    folder = Path(os.environ.get("XLSTM_SCALING_SHARED", ROOT.parent / "shared")) / "paper"
+    folder = Path(os.environ.get("XLSTM_SCALING_PAPER", ROOT.parent / "shared" / "paper"))
     if not (folder / "runs.csv").is_file():
-        pytest.skip(f"the paper's runs are not at {folder} (set XLSTM_SCALING_SHARED)")
+        pytest.skip(f"the paper's runs are not at {folder} (set XLSTM_SCALING_PAPER)")
     return folder
 
 
