@@ -65,10 +65,17 @@ class MLSTMLayer(nn.Module):
             h, state = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], i[:, :, 0], f[:, :, 0], state)
             h = h[:, None]  # (B, 1, H, d_v)
         else:
-            cell = select("mlstm", x.device.type, self.form, self.backend, dtype == torch.float64).function
-            h, state = cell(q, k, v, i, f, state, **self.cell_options)
+            cell = torch.compiler.disable(self.cell) if torch.compiler.is_compiling() else self.cell
+            h, state = cell(q, k, v, i, f, state)
             h = h.transpose(1, 2)
         return self.out(self.norm(h, self.output_gate(x))), state
+
+    def cell(
+        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None
+    ) -> tuple[Tensor, MLSTMState]:
+        """The mLSTM over T tokens: q, k, v (B, H, T, d), i, f (B, H, T) -> h (B, H, T, d_v), last state."""
+        kernel = select("mlstm", q.device.type, self.form, self.backend, i.dtype == torch.float64).function
+        return kernel(q, k, v, i, f, state, **self.cell_options)
 
     def reset_parameters(self, num_blocks: int, generator: torch.Generator | None) -> None:
         d = self.qkv.in_features

@@ -52,6 +52,7 @@ class Execution:
     checkpoint_interval_s: float = 30.0
     progress: bool = True
     certificate: Path | None = None  # that must cover the kernels of the run
+    compile_cache: Path | None = None  # where torch.compile keeps what it made, for other runs too; None: no compiling
 
 
 def measure_peak_flops(dtype: torch.dtype, device: str = "cpu", size: int = 768, seconds: float = 0.03) -> float:
@@ -145,6 +146,9 @@ class Run:
         keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.model = build_run_model(spec, execution.device)
+        if execution.compile_cache is not None:
+            log.warning("blocks are compiled: their norms and gates are the compiler's, which no certificate covers")
+            self.model.compile_blocks(execution.compile_cache)
         o = spec.optimizer
         self.optimizer = torch.optim.AdamW(
             self.model.decay_groups(o["weight_decay"]),

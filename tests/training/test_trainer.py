@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -235,3 +236,14 @@ def test_sigterm_saves_and_exits_with_its_code(tiny_config, tiny_tokens, tmp_pat
     assert child.returncode == EXIT_PREEMPTED, errors
     assert "run it again to go on" in errors
     assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_blocks_learn_the_same_and_fill_the_cache(spec, tokens_folder, tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # and not where an earlier test compiled
+    folder, result = uninterrupted
+    compiled = train(spec, tokens_folder, tmp_path / "run", replace(QUIET, compile_cache=tmp_path / "cache"))
+    assert compiled["val_loss"] == pytest.approx(result["val_loss"], rel=1e-3)
+    assert any((tmp_path / "cache").rglob("*.so")) or any((tmp_path / "cache").rglob("*.cpp"))
+    assert weights(tmp_path / "run").keys() == weights(folder).keys()
