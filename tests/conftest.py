@@ -13,11 +13,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The paper's published evidence: $XLSTM_SCALING_SHARED, or ``shared`` beside the repository."""
-    folder = Path(os.environ.get("XLSTM_SCALING_SHARED", REPOSITORY.parent / "shared"))
-    if not (folder / "paper" / "runs.csv").is_file():
-        pytest.skip("the paper's table of runs is not here (XLSTM_SCALING_SHARED)")
+def paper() -> Path:
+    """The folder of the paper's published evidence: $XLSTM_SCALING_PAPER, or ``shared/paper`` beside the repository."""
+    folder = Path(os.environ.get("XLSTM_SCALING_PAPER", REPOSITORY.parent / "shared" / "paper"))
+    for name in ("runs.csv", "inference.csv"):
+        if not (folder / name).is_file():
+            pytest.skip(f"the paper's {name} is not in {folder} (XLSTM_SCALING_PAPER)")
     return folder
 
 

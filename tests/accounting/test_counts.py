@@ -16,8 +16,8 @@ from xlstm_scaling.accounting import (
 )
 
 
-def test_published_runs_to_the_last_digit(shared):
-    runs = pd.read_csv(shared / "paper" / "runs.csv")
+def test_published_runs_to_the_last_digit(paper):
+    runs = pd.read_csv(paper / "runs.csv")
     runs = runs[runs.in_paper_640]
     assert len(runs) == 640
     for row in runs.itertuples():

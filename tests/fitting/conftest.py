@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +64,10 @@ def _make_runs(noise=0.0, seed=0, contexts=(256, 512), budgets=(1e11, 3e11, 1e12
     return pd.DataFrame(rows)
 
 
-def _shared():
-    folder = Path(os.environ.get("XLSTM_SCALING_PAPER", ROOT.parent / "shared" / "paper"))
-    if not (folder / "runs.csv").is_file():
-        pytest.skip(f"the paper's runs are not at {folder} (set XLSTM_SCALING_PAPER)")
-    return folder
-
-
 @pytest.fixture(scope="session")
-def paper_runs():
+def paper_runs(paper):
     """The paper's 640 runs as the table of runs; ratio tags near the paper's six (the runs of 22 reach 25.8)."""
-    runs = pd.read_csv(_shared() / "runs.csv")
+    runs = pd.read_csv(paper / "runs.csv")
     runs = runs[runs["in_paper_640"]].copy()
     runs["arch"] = runs["arch"].replace("llama", "transformer")
     runs["status"] = "ok"
@@ -87,5 +79,5 @@ def paper_runs():
 
 
 @pytest.fixture(scope="session")
-def paper_numbers():
-    return json.loads((_shared() / "paper_numbers.json").read_text())
+def paper_numbers(paper):
+    return json.loads((paper / "paper_numbers.json").read_text())

@@ -1,7 +1,6 @@
 """The runtime model: planted constants come back, what cannot be known is said, held-out sizes are held out."""
 
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -195,15 +194,12 @@ def test_nothing_to_fit_is_an_error_that_says_why(settings):
 
 
 @pytest.fixture(scope="module")
-def paper_measurements():
+def paper_measurements(paper):
     """The paper's measurements on one H100 as the table ``measurements``."""
-    path = Path(os.environ.get("XLSTM_SCALING_SHARED", ROOT.parent / "shared")) / "paper" / "inference.csv"
-    if not path.is_file():
-        pytest.skip(f"the paper's inference measurements are not at {path} (set XLSTM_SCALING_SHARED)")
     from xlstm_scaling.accounting import make_shape
     from xlstm_scaling.inference.counts import add_counts
 
-    data = pd.read_csv(path)
+    data = pd.read_csv(paper / "inference.csv")
     data = data[data["used_in_paper_fit"] & (data["prefill_length_tokens"] > 0)]
     rows = []
     for row in data.itertuples():

@@ -239,7 +239,7 @@ def test_candidates_compile_without_spilling():
     assert compiled_candidates() >= 10
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_candidate_compiles_without_spilling():
     assert compiled_candidates("all") >= 80
 

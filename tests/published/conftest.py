@@ -1,6 +1,5 @@
 """Small logs in the form of the paper's, and the paper's own where they are at hand."""
 
-import os
 import sys
 import types
 from pathlib import Path
@@ -12,15 +11,6 @@ from xlstm_scaling.accounting import count_params, make_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 256
-
-
-@pytest.fixture(scope="session")
-def paper() -> Path:
-    """The folder of the paper's published evidence: $XLSTM_SCALING_PAPER, or shared/paper beside the checkout."""
-    folder = Path(os.environ.get("XLSTM_SCALING_PAPER", ROOT.parent / "shared" / "paper"))
-    if not (folder / "runs.csv").is_file():
-        pytest.skip("the paper's runs are not here (XLSTM_SCALING_PAPER)")
-    return folder
 
 
 @pytest.fixture

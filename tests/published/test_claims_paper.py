@@ -1,8 +1,5 @@
 """The claims ledger on the paper's runs and measurements (skipped where they are not at hand)."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,19 +21,10 @@ TOPICS = {
 
 
 @pytest.fixture(scope="module")
-def folder():
-    beside = Path(__file__).resolve().parents[3] / "shared" / "paper"
-    path = Path(os.environ.get("XLSTM_SCALING_PAPER", beside))
-    if not (path / "runs.csv").is_file() or not (path / "inference.csv").is_file():
-        pytest.skip("the paper's runs and measurements are not here (XLSTM_SCALING_PAPER)")
-    return path
-
-
-@pytest.fixture(scope="module")
-def evidence(folder):
-    runs = ingest([folder / "runs.csv"]).runs
+def evidence(paper):
+    runs = ingest([paper / "runs.csv"]).runs
     config = yaml.safe_load((conf_dir() / "fitting" / "default.yaml").read_text()) | {"num_resamples": 40}
-    return Evidence(runs[runs["selected"]], config, inference=read_measurements(folder / "inference.csv"))
+    return Evidence(runs[runs["selected"]], config, inference=read_measurements(paper / "inference.csv"))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +107,7 @@ def test_published_surface_is_an_optimum_and_its_form_matters(evidence):
     assert len(rows) == 2 and (rows["verdict"] == "reproduced").all(), rows["why"].tolist()
 
 
-def test_part_of_the_logs_leaves_the_rest_unanswered(evidence, folder):
+def test_part_of_the_logs_leaves_the_rest_unanswered(evidence, paper):
     runs = evidence.runs[(evidence.runs["arch"] == "transformer") & (evidence.runs["context_length"] == 2048)]
     few = Evidence(runs, evidence.config)
     chosen = [c for c in CLAIMS if c.function not in SLOW and c.topic in ("dataset", "isoflop", "pareto", "inference")]

@@ -74,12 +74,12 @@ def test_steps_round_trip(laptop, budget, per_step):
         assert abs(steps * per_step - budget) <= per_step / 2 * (1 + 1e-9)
 
 
-def test_the_papers_grid(shared):
+def test_the_papers_grid(paper):
     config = compose(["study=paper"])
     plan = plan_table(plan_runs(config), config, None)
     assert len(plan) == 640
     assert plan.run_id.is_unique
-    runs = pd.read_csv(shared / "paper" / "runs.csv")
+    runs = pd.read_csv(paper / "runs.csv")
     runs = runs[runs.in_paper_640].assign(arch=lambda t: t.arch.replace("llama", "transformer"))
     keys = ["experiment_set", "arch", "context_length", "isoflop_tag", "num_params", "num_tokens"]
     runs["isoflop_tag"] = runs.isoflop_tag.astype(float)
