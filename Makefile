@@ -1,5 +1,6 @@
 # make reproduce   the study from text to report           make test   the tests
 # make env         just .venv                               make lint   style of code and workflow
+# make paper PAPER=folder   the paper's fits, figures and claims from its published logs (DOWNLOAD=true fetches them)
 # Each sets up what it needs. PYTHON=python3.12 picks the interpreter, CORES=8 the cores, STUDY=smoke the study,
 # PIP_ARGS="--index-url …" another package index (for example PyTorch's index of CPU builds on Linux without a GPU).
 PYTHON ?= python3
@@ -11,7 +12,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env reproduce test lint format clean-env
+PAPER ?= $(XLSTM_SCALING_PAPER)
+DOWNLOAD ?=
+
+.PHONY: env reproduce paper test lint format clean-env
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -36,6 +40,22 @@ reproduce: $(READY)
 	@echo "The report: results/$(STUDY)/report.html"
 	@echo "Figures:    results/$(STUDY)/figures/"
 	@echo "Tables:     results/$(STUDY)/runs.csv, results/$(STUDY)/fits/, results/$(STUDY)/inference/"
+
+.PHONY: paper-folder
+paper-folder:
+	@test -n "$(PAPER)$(DOWNLOAD)" || { echo "name the folder of the paper's published files: make paper PAPER=/path/to/folder" >&2; \
+	  echo "(or set XLSTM_SCALING_PAPER; make paper DOWNLOAD=true fetches the authors' logs; see docs/published.md)" >&2; exit 2; }
+
+paper: paper-folder $(READY)
+	@$(BIN)/snakemake --cores $(CORES) --quiet host reason --config runs=published \
+	  $(if $(PAPER),"paper=$(PAPER)") $(if $(DOWNLOAD),download=$(DOWNLOAD)) $(CONFIG)
+	@echo
+	@cat results/paper-published/findings.md
+	@echo
+	@echo "The claims: results/paper-published/claims/claims.md"
+	@echo "The report: results/paper-published/report.html"
+	@echo "Figures:    results/paper-published/figures/"
+	@echo "Tables:     results/paper-published/runs.csv, results/paper-published/fits/, results/paper-published/inference/"
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n $(CORES) --dist loadfile

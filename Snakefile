@@ -4,6 +4,7 @@
 #   snakemake --cores 2 figures                           one stage and what it needs
 #   snakemake --cores 2 --config study=smoke              another study (conf/study/)
 #   snakemake --cores 2 --config overrides="[training.seed=2]"   any Hydra override
+#   snakemake --cores 2 --config runs=published paper=FOLDER     published runs instead: ingest -> table -> laws -> …
 from snakemake.utils import min_version, validate
 
 min_version("9.0")
@@ -13,6 +14,7 @@ from xlstm_scaling.study.workflow import WorkflowStudy
 validate(config, "workflow/schemas/config.schema.yaml")
 study = WorkflowStudy(config)
 paths = study.paths
+config["study"] = study.study_name
 # the report's captions name the level of the intervals
 config["fitting"] = {"confidence": study.config.fitting.confidence}
 
@@ -32,12 +34,20 @@ rule all:
     localrule: True
 
 
-include: "workflow/rules/tokens.smk"
-include: "workflow/rules/plan.smk"
-include: "workflow/rules/certify.smk"
-include: "workflow/rules/train.smk"
-include: "workflow/rules/runs.smk"
+if study.published:
+
+    include: "workflow/rules/published.smk"
+
+else:
+
+    include: "workflow/rules/tokens.smk"
+    include: "workflow/rules/plan.smk"
+    include: "workflow/rules/certify.smk"
+    include: "workflow/rules/train.smk"
+    include: "workflow/rules/runs.smk"
+    include: "workflow/rules/inference.smk"
+
+
 include: "workflow/rules/fit.smk"
-include: "workflow/rules/inference.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"

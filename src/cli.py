@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--plan", type=Path, help="a plan.json to take the run from, instead of overrides")
     stage("status", "state of every run of the plan")
     stage("runs", "results of all runs -> the table of runs")
+    text = "fetch the paper's published files, checked by their ids (runs=published)"
+    stage("download", text).add_argument("--only", nargs="+", metavar="NAME", help="fetch these files only")
     stage("fit", "table of runs -> laws with intervals")
     stage("inference", "time to first token and step time on this machine, and the runtime model")
     stage("findings", "tables -> what the study found, in sentences")
@@ -69,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
 
     text = published.DESCRIPTION
     published.add_ingest_arguments(commands.add_parser("ingest", help=text, description=text))
+    from xlstm_scaling.published import claims_command
+
+    text = claims_command.DESCRIPTION
+    claims_command.add_claims_arguments(commands.add_parser("claims", help=text, description=text))
+
+    from xlstm_scaling.fitting.command import add_surface_arguments
+
+    text = "one loss surface L(N, D) from a table of runs, with intervals"
+    add_surface_arguments(commands.add_parser("fit-surface", help=text, description=text))
 
     count = commands.add_parser("count", help="parameters and FLOPs of one model", description=_count.__doc__)
     count.add_argument("--arch", required=True, help="xlstm or transformer")
@@ -128,6 +139,18 @@ def _ingest(args: argparse.Namespace) -> int:
     return run_ingest(args)
 
 
+def _fit_surface(args: argparse.Namespace) -> int:
+    from xlstm_scaling.fitting.command import run_surface
+
+    return run_surface(args)
+
+
+def _claims(args: argparse.Namespace) -> int:
+    from xlstm_scaling.published.claims_command import run_claims
+
+    return run_claims(args)
+
+
 def _stage(args: argparse.Namespace) -> int:
     from xlstm_scaling import stages
     from xlstm_scaling.study.config import ConfigError, compose
@@ -165,6 +188,8 @@ def _stage(args: argparse.Namespace) -> int:
         print(table.state.value_counts().to_string())
     elif args.command == "runs":
         stages.runs(paths)
+    elif args.command == "download":
+        stages.download(config, paths, args.only, progress)
     elif args.command == "fit":
         stages.fit(config, paths)
     elif args.command == "inference":
@@ -201,7 +226,7 @@ def run_command(argv: Sequence[str]) -> int:
     level = os.environ.get("XLSTM_SCALING_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}
-    handlers["ingest"] = _ingest
+    handlers |= {"ingest": _ingest, "fit-surface": _fit_surface, "claims": _claims}
     handler = handlers.get(args.command, _stage)
     try:
         return handler(args)

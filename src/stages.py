@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from xlstm_scaling.study.config import ConfigError, to_dict, write_resolved
+from xlstm_scaling.study.config import ConfigError, is_published, to_dict, write_resolved
 from xlstm_scaling.study.files import read_json, write_json_atomic, write_table
 from xlstm_scaling.study.paths import StudyPaths, certificate_path
 from xlstm_scaling.study.plan import PlanError, RunSpec, plan_runs, plan_table, plan_warnings
@@ -100,6 +100,7 @@ def train(run: RunSpec, hardware: dict, results: Path, progress: bool = True, un
         checkpoint_interval_s=hardware["checkpoint_interval_s"],
         progress=progress,
         certificate=None if uncertified else certificate_path(results, hardware.get("name", "auto")),
+        compile_cache=Path(results) / "cache" / "compiled" if hardware.get("compile") else None,
     )
     tokens_folder = Path(results) / "tokens" / run.tokens_id
     if not (tokens_folder / "meta.json").is_file():
@@ -120,6 +121,42 @@ def runs(paths: StudyPaths) -> pd.DataFrame:
     return table
 
 
+def download(config: DictConfig, paths: StudyPaths, only: Sequence[str] | None = None, progress: bool = True) -> None:
+    """Fetch the paper's run logs and inference measurements into ``downloads/``, each checked by its published id."""
+    from tqdm import tqdm
+
+    from xlstm_scaling.published.upstream import Upstream
+    from xlstm_scaling.study.published import INFERENCE_FILES
+
+    upstream = Upstream.load()
+    names = only or [*upstream.logs, INFERENCE_FILES[-1]]
+    for name in tqdm(names, desc="downloading", unit="file", disable=not progress, leave=False):
+        upstream.fetch(name, paths.downloads, config.runs.url)
+
+
+def published_inference(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
+    """Published inference measurements and the runtime model fitted to them: ``inference/*.parquet``;
+    ``published.parquet`` is what was read, for the ledger of claims."""
+    from xlstm_scaling.fitting.runtime_model import fit_runtime_models
+    from xlstm_scaling.inference.counts import add_counts
+    from xlstm_scaling.study.published import inference_file, measurements_table, published_folder, read_published
+
+    source = inference_file(config, paths)
+    if source is None:
+        raise FileNotFoundError(f"no inference measurements in {published_folder(config, paths)}")
+    settings = to_dict(config.runs.inference)
+    published = read_published(source)
+    measurements = measurements_table(published, settings)
+    counted = add_counts(measurements, settings["generate_steps"])
+    model, predictions = fit_runtime_models(counted, to_dict(config.inference)["runtime_model"])
+    write_table(model, paths.inference / "runtime_model")
+    write_table(predictions, paths.inference / "runtime_predictions")
+    write_table(measurements, paths.inference / "measurements")
+    write_table(published, paths.inference / "published")
+    write_resolved(config, paths.inference / "config.yaml", ["runs", "inference"])
+    return measurements
+
+
 def fit(config: DictConfig, paths: StudyPaths) -> dict[str, pd.DataFrame]:
     """Every law from the table of runs: ``fits/*.parquet``."""
     from xlstm_scaling.fitting import fit_all
@@ -137,8 +174,11 @@ def fit(config: DictConfig, paths: StudyPaths) -> dict[str, pd.DataFrame]:
 
 def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> pd.DataFrame:
     """Time to first token and step time of trained and larger untrained models on this machine, and the runtime model:
-    ``inference/*.parquet``."""
+    ``inference/*.parquet``. Of published runs, the published measurements (`published_inference`)."""
     from functools import partial
+
+    if is_published(config):
+        return published_inference(config, paths)
 
     from xlstm_scaling.fitting.runtime_model import fit_runtime_models
     from xlstm_scaling.inference.benchmark import BenchmarkModel, measure, untrained_models
@@ -171,19 +211,30 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
 
 def figures(config: DictConfig, paths: StudyPaths, only: Sequence[str] | None = None, progress: bool = True) -> None:
     """Draw the figures from the tables: ``figures/*.svg`` and ``*.png``."""
-    from xlstm_scaling.figures.study import draw_all
+    from xlstm_scaling.figures.study import draw_all, drawable_names
+    from xlstm_scaling.study.published import has_inference
 
+    if only is None:
+        only = drawable_names(to_dict(config), has_inference(config, paths))
     draw_all(paths.study, paths.figures, {**to_dict(config), "study": config.study.name}, only, progress)
     write_resolved(config, paths.figures / "config.yaml", ["figures"])
 
 
 def findings(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
-    """What the study found, in sentences computed from its tables: ``findings.md``, ``.html``, ``.csv``."""
+    """What the study found, in sentences computed from its tables: ``findings.md``, ``.html``, ``.csv``; and the
+    table of optima: ``optimal.csv``."""
     from xlstm_scaling.figures.tables import Tables
     from xlstm_scaling.report import findings as compute
-    from xlstm_scaling.report import write_findings
+    from xlstm_scaling.report import optimal_table, write_findings
+    from xlstm_scaling.study.published import has_inference
 
-    table = compute(Tables(paths.study))
+    provenance = read_json(paths.study / "runs.provenance.json") if is_published(config) else None
+    tables = Tables(paths.study)
+    fitting = to_dict(config.fitting)
+    write_table(
+        optimal_table(tables["fits/isoflop"], tables["fits/isoflop_resamples"], fitting), paths.study / "optimal"
+    )
+    table = compute(tables, has_inference(config, paths), provenance)
     title = f"Findings of the study {config.study.name}: {config.study.title}"
     write_findings(table, paths.study / "findings", title, config.fitting.confidence)
     return table

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from .sheet import Sheet, empty_sheet, log_axis, mark
-from .style import arch_styles, flops, plain, si, themed
+from .style import arch_styles, count, flops, plain, si, themed
 from .tables import Tables, order_archs
 
 TITLE = "Training curves of all runs"
@@ -34,6 +34,21 @@ def curves_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
     """The curves as drawn: means of the training loss over bins of log step."""
     curves = tables.table("curves", "run_id", "arch", "num_params", "step", "tokens", "flops", "train_loss", "val_loss")
     return thinned(curves)
+
+
+def _without_curves(tables: Tables, curves: pd.DataFrame) -> str:
+    """Which runs come without a curve; nothing where all have one."""
+    runs = tables.table("runs", "run_id", "arch", "context_length") if "runs" in tables else curves
+    lacking = runs[~runs["run_id"].isin(curves["run_id"])]
+    if lacking.empty:
+        return ""
+    styles = arch_styles(lacking["arch"])
+    cells = [
+        f"{len(part)} {styles[arch].name} at {count(context)}"
+        for (arch, context), part in lacking.groupby(["arch", "context_length"])
+        if arch in styles
+    ]
+    return f"{len(lacking)} of {len(runs)} runs come without a curve: {', '.join(cells)} tokens of context."
 
 
 @themed
@@ -103,6 +118,7 @@ def training_curves(tables: Tables, config: Mapping[str, Any]) -> Figure:
     bar.outline.set_visible(False)
     log_axis(bar.ax, "y", si)
     bar.set_label("model size N [parameters]")
+    sheet.note(_without_curves(tables, curves))
     sheet.handles = [
         mark("training loss, one run", "#5f6368", "", line="-"),
         mark("last validation loss", "#5f6368", "o"),

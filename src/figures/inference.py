@@ -92,6 +92,11 @@ def _lost(ax: Axes, rows: pd.DataFrame, style: ArchStyle) -> list[str]:
     return sorted(set(gone["status"].astype(str).str.replace("_", " ")))
 
 
+def _points_text(data: pd.DataFrame, quantity: str) -> str:
+    spread = data[[f"{quantity}_s_lo", f"{quantity}_s_hi"]].notna().to_numpy().any()
+    return "Points: medians, whiskers: quartiles of the repeats" if spread else "Points: as published, without a spread"
+
+
 def _draw(tables: Tables, quantity: str, config: Mapping[str, Any]) -> Figure:
     data = timing_data(tables, quantity, config)
     models = tables.table("inference/runtime_model", "arch", "quantity", "status")
@@ -113,8 +118,8 @@ def _draw(tables: Tables, quantity: str, config: Mapping[str, Any]) -> Figure:
     nrows = -(-len(panels) // ncols)
     sheet = Sheet(
         title,
-        f"One panel a model size, batch {batch:g}, on {device}. Points: medians, whiskers: quartiles of the repeats; "
-        "lines: the fitted runtime model.",
+        f"One panel a model size, batch {batch:g}, on {device}. {_points_text(data, quantity)}; lines: the fitted "
+        "runtime model.",
         nrows=nrows,
         ncols=ncols,
         width=max(7.0, 3.4 * ncols),

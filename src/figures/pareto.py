@@ -114,7 +114,10 @@ def loss_vs_flops(tables: Tables, config: Mapping[str, Any]) -> Figure:
         say(right, f"no fit: {reasons(whole)}", blank=False)
     else:
         _ratio_panel(right, ratio, known, INK)
-        sheet.note(f"Right: read across from the loss axis. Band: {level:g} % bootstrap interval.")
+        sheet.note(
+            f"Runs at context {count(context)}. Right: read across from the loss axis. Band: {level:g} % bootstrap "
+            "interval."
+        )
         log_axis(right, "x", lambda value: f"{plain(value)}×")
         bare, none = len(known) - len(ratio), len(whole) - len(known)
         if bare:

@@ -68,6 +68,9 @@ _ALL = (
     ),
     FigureSpec("study_overview", "overview:study_overview", "The plan: model sizes and tokens", "Overview", ("runs",)),
     FigureSpec(
+        "loss_map", "grid:loss_map", "Loss by model size and tokens", "Training", ("runs",), "grid:loss_map_data"
+    ),
+    FigureSpec(
         "training_curves", "curves:training_curves", "Training curves", "Training", ("curves",), "curves:curves_data"
     ),
     FigureSpec(
@@ -79,11 +82,25 @@ _ALL = (
         "isoflop:isoflop_data",
     ),
     FigureSpec(
+        "isoflop_contexts",
+        "grid:isoflop_contexts",
+        "IsoFLOP curves at every context",
+        "Scaling laws",
+        ("runs", "fits/isoflop"),
+    ),
+    FigureSpec(
         "compute_optimal",
         "optimal:compute_optimal",
         "Compute-optimal model size and tokens",
         "Scaling laws",
         ("runs", "fits/isoflop", *_POWER),
+    ),
+    FigureSpec(
+        "power_laws",
+        "grid:power_laws",
+        "Power laws at every context",
+        "Scaling laws",
+        ("fits/isoflop", *_POWER),
     ),
     FigureSpec(
         "loss_surface",
@@ -92,6 +109,14 @@ _ALL = (
         "Scaling laws",
         ("runs", "fits/surface", "fits/surface_predictions"),
         "surface:surface_data",
+    ),
+    FigureSpec(
+        "surface_ratio",
+        "ratios:surface_ratio",
+        "Loss surface by tokens per parameter",
+        "Scaling laws",
+        ("runs", "fits/surface"),
+        "ratios:surface_ratio_data",
     ),
     FigureSpec(
         "overtraining",
@@ -132,6 +157,14 @@ _ALL = (
         "Inference",
         _TIMES,
         "inference:step_time_data",
+    ),
+    FigureSpec(
+        "runtime_residuals",
+        "residuals:runtime_residuals",
+        "Residuals of the runtime model",
+        "Inference",
+        _TIMES,
+        "residuals:runtime_residuals_data",
     ),
 )
 

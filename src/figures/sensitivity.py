@@ -121,7 +121,7 @@ def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
         TITLE,
         f"Each row is one way to estimate it; bars are {level:g} % intervals. Where rows disagree by more than their "
         "bars, the choice of method moves the answer more than the data do.",
-        row_height=0.75 + (0.14 + 0.09 * len(archs)) * len(lines),
+        row_height=0.75 + (0.1 + 0.13 * len(archs)) * len(lines),
         width=9.0,
     )
     ax = sheet.axes[0, 0]
@@ -148,7 +148,7 @@ def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
             continue
         here = drawable[(drawable["approach"] == approach) & (drawable["estimate"] == estimate)]
         for k, arch in enumerate(archs):
-            place = y + 0.3 * (k - (len(archs) - 1) / 2)
+            place = y + 0.8 / max(len(archs), 2) * (k - (len(archs) - 1) / 2)
             mine = here[here["arch"] == arch]
             ticks |= _others(ax, mine[~mine["main"].astype(bool)], place, styles[arch])
             for row in mine[mine["main"].astype(bool)].itertuples():

@@ -46,7 +46,7 @@ class Sheet:
     def finish(self) -> Figure:
         """Set the figure's height, put header and footer, and give the axes the rest."""
         fig, width = self.fig, self.width
-        above = textwrap.wrap(self.subtitle, int(width * 13.9))
+        above = textwrap.wrap(self.subtitle, int(width * 13.3))
         below = [line for note in self.notes for line in textwrap.wrap(note, int(width * 15.6))]
         columns, rows = self._legend_grid()
         header = 0.12 + TITLE_IN + SUBTITLE_IN * len(above)

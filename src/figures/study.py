@@ -32,6 +32,12 @@ def figure_names(config: Mapping[str, Any], only: Sequence[str] | None = None) -
     return chosen
 
 
+def drawable_names(config: Mapping[str, Any], inference: bool = True) -> list[str]:
+    """The figures of a study: those of the config, without those of inference where there are no measurements."""
+    names = figure_names(config)
+    return names if inference else [name for name in names if FIGURES[name].category != "Inference"]
+
+
 def figure_outputs(out_dir: Path, config: Mapping[str, Any], only: Sequence[str] | None = None) -> list[Path]:
     """The files `draw_all` will write, without drawing."""
     options = figure_config(config)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ PAPER_SMALLEST_BUDGET = 6e18
 
 #: fewer runs a ratio than this, and the bootstrap of a slope says too little for a verdict
 MIN_RUNS_FOR_SLOPES = 5
+
+NO_INFERENCE = "There are no inference measurements: time to first token and step time are left out."
 
 Finding = tuple[str, str, float, float, float, str]
 
@@ -39,11 +42,13 @@ def _interval(value: float, lo: float, hi: float, form: str = ".2f") -> str:
 def _scope(runs: pd.DataFrame) -> Iterator[Finding]:
     ok = runs[runs.status == "ok"]
     contexts = ", ".join(f"{c:,}" for c in sorted(runs.context_length.unique()))
+    most = pd.to_numeric(runs.epochs, errors="coerce").max()
+    epochs = f"; at most {most:.2g} epochs over the text" if math.isfinite(most) else ""
     yield (
         "scope",
         f"{len(runs)} training runs: N from {ok.num_params.min():,.0f} to {ok.num_params.max():,.0f} parameters, "
         f"D from {ok.num_tokens.min():.2g} to {ok.num_tokens.max():.2g} tokens, H from {ok.num_flops.min():.2g} to "
-        f"{ok.num_flops.max():.2g} FLOPs, contexts {contexts}; at most {runs.epochs.max():.2g} epochs over the text.",
+        f"{ok.num_flops.max():.2g} FLOPs, contexts {contexts}{epochs}.",
         len(runs), math.nan, math.nan, "runs",
     )  # fmt: skip
     lost = runs[runs.status != "ok"]
@@ -71,16 +76,25 @@ def _isoflop(isoflop: pd.DataFrame) -> Iterator[Finding]:
     yield "isoflop", text, share, math.nan, math.nan, "fits/isoflop"
 
 
+def _where(row: Any) -> str:
+    """The context or the budget that a power law holds at."""
+    if math.isfinite(row.context_length):
+        return f" at context {row.context_length:,.0f}"
+    budget = pd.to_numeric(getattr(row, "isoflop_tag", math.nan), errors="coerce")
+    return f" at {budget:.3g} FLOPs" if math.isfinite(budget) else ""
+
+
 def _power_laws(laws: pd.DataFrame) -> Iterator[Finding]:
     usable = laws[(laws.status == "ok") & laws.exponent.notna()]
     for predictor, symbol in (("flops", "H"), ("context_length", "context length")):
         for variable in ("num_params", "num_tokens", "loss"):
             rows = usable[(usable.predictor == predictor) & (usable.variable == variable)]
+            form = ".3f" if variable == "loss" else ".2f"
             for row in rows[~rows.arch.str.contains(" - ")].itertuples():
-                where = f" at context {row.context_length:,.0f}" if math.isfinite(row.context_length) else ""
                 text = (
                     f"{_name(row.arch)}: {VARIABLES[variable]} goes as {symbol} to the power "
-                    f"{_interval(row.exponent, row.exponent_lo, row.exponent_hi)}{where}, from {row.num_points} minima."
+                    f"{_interval(row.exponent, row.exponent_lo, row.exponent_hi, form)}{_where(row)}, from "
+                    f"{row.num_points} minima."
                 )
                 yield f"{predictor} law", text, row.exponent, row.exponent_lo, row.exponent_hi, "fits/power_laws"
             for row in rows[rows.arch.str.contains(" - ")].itertuples():
@@ -89,27 +103,29 @@ def _power_laws(laws: pd.DataFrame) -> Iterator[Finding]:
                 verdict = "the architectures differ" if told else "this study does not tell them apart"
                 first, second = (_name(name) for name in row.arch.split(" - "))
                 text = (
-                    f"{first} minus {second}, exponent of {VARIABLES[variable]} in {symbol}: "
-                    f"{_interval(row.exponent, row.exponent_lo, row.exponent_hi)}; {verdict}."
+                    f"{first} minus {second}, exponent of {VARIABLES[variable]} in {symbol}{_where(row)}: "
+                    f"{_interval(row.exponent, row.exponent_lo, row.exponent_hi, form)}; {verdict}."
                 )
                 yield f"{predictor} law", text, row.exponent, row.exponent_lo, row.exponent_hi, "fits/power_laws"
 
 
 def _equal_loss(ratio: pd.DataFrame) -> Iterator[Finding]:
     known = ratio[ratio.flop_ratio_lo.notna() & ratio.flop_ratio_hi.notna()].sort_values("val_loss")
-    if known.empty:
-        return
-    row = known.iloc[len(known) // 2]
+    for context, rows in known.groupby("context_length", sort=True):
+        yield _equal_loss_at(int(context), rows.iloc[len(rows) // 2])
+
+
+def _equal_loss_at(context: int, row: pd.Series) -> Finding:
     better = "no difference is shown"
     if row.flop_ratio_lo > 1:
         better = "xLSTM buys the same loss for fewer FLOPs"
     elif row.flop_ratio_hi < 1:
         better = "the Transformer buys the same loss for fewer FLOPs"
     text = (
-        f"At a loss of {row.val_loss:.2f} nat/token the Transformer needs "
+        f"At context {context:,} and a loss of {row.val_loss:.2f} nat/token the Transformer needs "
         f"{_interval(row.flop_ratio, row.flop_ratio_lo, row.flop_ratio_hi)} times the FLOPs of xLSTM: {better}."
     )
-    yield "equal loss", text, row.flop_ratio, row.flop_ratio_lo, row.flop_ratio_hi, "fits/pareto_ratio"
+    return "equal loss", text, row.flop_ratio, row.flop_ratio_lo, row.flop_ratio_hi, "fits/pareto_ratio"
 
 
 def _overtraining(slopes: pd.DataFrame) -> Iterator[Finding]:
@@ -158,16 +174,44 @@ def _inference(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Fin
             yield "runtime model", text, row.mape_held_out, math.nan, math.nan, "inference/runtime_model"
 
 
-def findings(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The findings of a study from its tables (``runs``, ``fits/…``, ``inference/…``), in the order of the report."""
+def _published(provenance: Mapping[str, Any]) -> Iterator[Finding]:
+    """What published runs were read from, and what was not there."""
+    read = {kind: [s["name"] for s in provenance["sources"] if s["kind"] == kind] for kind in ("log", "table")}
+    files = f"{len(read['log'])} run logs" + (f" and {', '.join(read['table'])}" if read["table"] else "")
+    text = (
+        f"The runs are published ones, read from {files}: {provenance['num_runs']} runs, of which "
+        f"{provenance['num_selected']} pass their authors' selection rules and {provenance['num_written']} are used."
+    )
+    yield "scope", text, provenance["num_written"], math.nan, math.nan, "runs"
+    if missing := provenance["missing"]:
+        text = f"Not at hand, so their runs are absent: {', '.join(missing)}."
+        yield "scope", text, len(missing), math.nan, math.nan, "runs"
+    if conflicts := provenance["conflicts"]:
+        text = f"The sources disagree on the loss of {len(conflicts)} runs; the logs' values are used."
+        yield "scope", text, len(conflicts), math.nan, math.nan, "runs"
+
+
+def findings(
+    tables: Mapping[str, pd.DataFrame], inference: bool = True, provenance: Mapping[str, Any] | None = None
+) -> pd.DataFrame:
+    """The findings of a study from its tables (``runs``, ``fits/…``, ``inference/…``), in the order of the report.
+
+    ``inference``: whether there are tables of inference; ``provenance``: of published runs, as ``ingest`` writes it.
+    """
+    timed: Iterable[Finding] = (
+        _inference(tables["inference/measurements"], tables["inference/runtime_model"])
+        if inference
+        else [("inference", NO_INFERENCE, math.nan, math.nan, math.nan, "runs")]
+    )
     found: list[Finding] = [
         *_equal_loss(tables["fits/pareto_ratio"]),
         *_power_laws(tables["fits/power_laws"]),
         *_surface(tables["fits/surface"]),
         *_overtraining(tables["fits/overtraining"]),
-        *_inference(tables["inference/measurements"], tables["inference/runtime_model"]),
+        *timed,
         *_isoflop(tables["fits/isoflop"]),
         *_scope(tables["runs"]),
+        *(_published(provenance) if provenance is not None else ()),
     ]
     return pd.DataFrame(found, columns=["topic", "statement", "value", "lo", "hi", "source"])
 

@@ -164,10 +164,34 @@ class HardwareConfig:
     checkpoint_interval_s: float = 30.0
     warm_start: bool = True
     certification: str = "quick"
+    compile: bool = False
 
 
-SCHEMAS = {"study": StudyConfig, "training": TrainingConfig, "hardware": HardwareConfig}
-GROUPS = ("study", "training", "hardware", "corpus", "tokenizer", "fitting", "inference", "figures")
+@dataclass
+class PublishedInferenceConfig:
+    """What published measurements do not say of themselves."""
+
+    device: str = "gpu"
+    dtype: str = "bfloat16"
+    generate_steps: int = 100
+
+
+@dataclass
+class RunsConfig:
+    """Where the runs come from: ``trained`` here, or ``published`` (a folder, or the paper's logs by download)."""
+
+    source: str = "trained"
+    folder: str | None = None
+    download: bool = False
+    url: str | None = None
+    selected: bool = True
+    mapping: str | None = None
+    claims: bool = True
+    inference: PublishedInferenceConfig = field(default_factory=PublishedInferenceConfig)
+
+
+SCHEMAS = {"study": StudyConfig, "training": TrainingConfig, "hardware": HardwareConfig, "runs": RunsConfig}
+GROUPS = ("study", "training", "hardware", "corpus", "tokenizer", "fitting", "inference", "figures", "runs")
 
 
 def conf_dir() -> Path:
@@ -224,6 +248,8 @@ def check(composed: DictConfig) -> DictConfig:
     missing = sorted(set(GROUPS) - set(result))
     if missing:
         raise ConfigError(f"configuration groups missing: {', '.join(missing)}")
+    if result.runs.source not in ("trained", "published"):
+        raise ConfigError(f"runs.source must be trained or published, got {result.runs.source!r}")
     OmegaConf.set_readonly(result, True)
     return result
 
@@ -244,6 +270,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 def to_dict(config: DictConfig | Any) -> dict:
     """A plain, resolved dict."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
+
+
+def is_published(config: DictConfig) -> bool:
+    """Whether the runs are published ones (``runs=published``)."""
+    return config.runs.source == "published"
 
 
 def write_resolved(config: DictConfig, path: Path, groups: Sequence[str] | None = None) -> None:

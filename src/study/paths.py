@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from xlstm_scaling.corpus.build import tokens_id
-from xlstm_scaling.study.config import to_dict
+from xlstm_scaling.study.config import is_published, to_dict
 
 
 def certificate_path(results: Path | str, hardware: str) -> Path:
@@ -26,7 +26,8 @@ class StudyPaths:
 
     @classmethod
     def of(cls, config: DictConfig, results: Path | str = "results") -> StudyPaths:
-        return cls(Path(results), config.study.name, tokens_id(to_dict(config.corpus), to_dict(config.tokenizer)))
+        name = config.study.name + ("-published" if is_published(config) else "")
+        return cls(Path(results), name, tokens_id(to_dict(config.corpus), to_dict(config.tokenizer)))
 
     @property
     def tokens(self) -> Path:
@@ -59,3 +60,12 @@ class StudyPaths:
     @property
     def figures(self) -> Path:
         return self.study / "figures"
+
+    @property
+    def claims(self) -> Path:
+        return self.study / "claims"
+
+    @property
+    def downloads(self) -> Path:
+        """The paper's files, where they are fetched (``runs.download``)."""
+        return self.results / "downloads"

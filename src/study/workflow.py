@@ -14,12 +14,20 @@ from typing import Any
 from xlstm_scaling.corpus import CorpusError, source_files
 from xlstm_scaling.corpus.tokenizer import tokenizer_files
 from xlstm_scaling.figures.registry import FIGURES
-from xlstm_scaling.figures.study import figure_outputs
+from xlstm_scaling.figures.study import drawable_names, figure_outputs
 from xlstm_scaling.fitting.tables import COLUMNS
-from xlstm_scaling.study.config import compose, normalise_overrides, to_dict
+from xlstm_scaling.published.upstream import Upstream
+from xlstm_scaling.study.config import ConfigError, compose, conf_dir, is_published, normalise_overrides, to_dict
 from xlstm_scaling.study.files import digest
 from xlstm_scaling.study.paths import StudyPaths
 from xlstm_scaling.study.plan import RunSpec, benchmarked_runs, plan_runs
+from xlstm_scaling.study.published import (
+    INFERENCE_FILES,
+    has_inference,
+    inference_file,
+    published_folder,
+    run_files,
+)
 from xlstm_scaling.warmstart import open_session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,15 +36,118 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class WorkflowStudy:
     """One study as the workflow sees it.
 
-    ``config``: the workflow's config with ``study`` (default laptop), ``overrides`` (Hydra overrides, a list or text)
-    and ``results`` (default results).
+    ``config``: the workflow's config with ``study`` (default laptop; paper, where runs are published), ``runs``
+    (trained or published), ``paper`` and ``download`` (where published runs come from), ``overrides`` (Hydra
+    overrides, a list or text) and ``results`` (default results).
+
+    Raises ConfigError where published runs are asked for and there are none.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.study_name = str(config.get("study", "laptop"))
-        self.overrides = [f"study={self.study_name}", *normalise_overrides(config.get("overrides"))]
+        given = [f"{key}={config[key]}" for key in ("runs",) if config.get(key)]
+        given += [f"runs.folder={json.dumps(str(config['paper']))}"] if config.get("paper") else []
+        given += [f"runs.download={str(bool(config['download'])).lower()}"] if config.get("download") else []
+        overrides = normalise_overrides(config.get("overrides"))
+        published = "runs=published" in [*given, *overrides]
+        if not published and len(given) > given.count("runs=trained"):
+            raise ConfigError("paper and download name published runs: add runs=published")
+        self.study_name = str(config.get("study") or ("paper" if published else "laptop"))
+        self.overrides = [f"study={self.study_name}", *given, *overrides]
         self.config = compose(self.overrides)
         self.paths = StudyPaths.of(self.config, config.get("results", "results"))
+        if self.published:
+            published_folder(self.config, self.paths)
+
+    @property
+    def published(self) -> bool:
+        """Whether the runs are published ones; then nothing is trained or timed."""
+        return is_published(self.config)
+
+    @property
+    def downloads(self) -> list[Path]:
+        """The paper's files that are fetched; none where a folder is given."""
+        if not (self.published and self.config.runs.download):
+            return []
+        return [self.paths.downloads / name for name in (*Upstream.load().logs, INFERENCE_FILES[-1])]
+
+    @property
+    def published_files(self) -> list[Path]:
+        """The files that the table of runs is read from."""
+        if self.downloads:
+            return [path for path in self.downloads if path.name not in INFERENCE_FILES]
+        return run_files(published_folder(self.config, self.paths))
+
+    @property
+    def published_folder(self) -> Path:
+        return published_folder(self.config, self.paths)
+
+    @property
+    def published_settings(self) -> list[Path]:
+        """The settings that `ingest` reads, and the mapping of tables that the study names."""
+        mapping = self.config.runs.mapping
+        return sorted((conf_dir() / "published").glob("*.yaml")) + ([Path(mapping)] if mapping else [])
+
+    @property
+    def ingest_options(self) -> str:
+        """Options of ``xlstm-scaling ingest`` as shell words."""
+        words = ["--selected"] if self.config.runs.selected else []
+        return shlex.join([*words, *(["--mapping", self.config.runs.mapping] if self.config.runs.mapping else [])])
+
+    @property
+    def ingest_code(self) -> list[Path]:
+        """Source files of the stage `ingest`: the ledger of claims lies beside them."""
+        return [path for path in self.code("published") if not path.name.startswith("claims")]
+
+    @property
+    def published_inference_digest(self) -> str:
+        """Digest of what the published measurements do not say of themselves."""
+        return digest(to_dict(self.config.runs.inference))[:16]
+
+    @property
+    def published_measurements(self) -> list[Path]:
+        """The published measurements as they were read, if there are any."""
+        return [self.paths.inference / "published.parquet"] if self.published_inference else []
+
+    @property
+    def claims(self) -> list[Path]:
+        """What the paper claims."""
+        return sorted((conf_dir() / "claims").glob("*.yaml"))
+
+    @property
+    def claims_files(self) -> list[Path]:
+        """The ledger of the paper's claims; none of runs trained here, and of those of others (``runs.claims``)."""
+        wanted = self.published and self.config.runs.claims
+        return [self.paths.claims / f"claims.{kind}" for kind in ("html", "csv", "md")] if wanted else []
+
+    @property
+    def report_targets(self) -> str:
+        """The rules whose outputs are in the report."""
+        return "figures findings claims" if self.claims_files else "figures findings"
+
+    @property
+    def claims_arguments(self) -> str:
+        """Options of ``xlstm-scaling claims`` as shell words."""
+        study = self.paths.study
+        words = ["--runs", study / "runs.parquet", "--curves", study / "curves.parquet", "--fits", self.paths.fits]
+        words += [word for path in self.published_measurements for word in ("--inference-table", path)]
+        return shlex.join(map(str, [*words, "--out", self.paths.claims]))
+
+    @property
+    def provenance(self) -> list[Path]:
+        """What published runs were read from; none of runs trained here."""
+        return [self.paths.study / "runs.provenance.json"] if self.published else []
+
+    @property
+    def published_inference(self) -> Path | None:
+        """The published inference measurements, if there are any."""
+        return inference_file(self.config, self.paths)
+
+    @property
+    def inference_files(self) -> list[Path]:
+        """The tables of the stage `inference`; none where there is nothing published to make them from."""
+        names = ("measurements", "runtime_model", "runtime_predictions")
+        kept = has_inference(self.config, self.paths)
+        return [self.paths.inference / f"{name}.parquet" for name in names] if kept else []
 
     @property
     def arguments(self) -> str:
@@ -74,7 +185,8 @@ class WorkflowStudy:
 
     @cached_property
     def figures(self) -> list[Path]:
-        return figure_outputs(self.paths.figures, to_dict(self.config))
+        names = drawable_names(to_dict(self.config), has_inference(self.config, self.paths))
+        return figure_outputs(self.paths.figures, to_dict(self.config), names)
 
     @property
     def benchmarked_runs(self) -> list[RunSpec]:
@@ -91,7 +203,7 @@ class WorkflowStudy:
         search = os.environ.get("PATH", "").split(os.pathsep)
         if search[0] != here:
             os.environ["PATH"] = os.pathsep.join([here, *search])
-        if self.config.hardware.warm_start:
+        if self.config.hardware.warm_start and not self.published:
             open_session(os.environ)
 
     def fit_files(self, suffix: str) -> list[Path]:
@@ -110,6 +222,7 @@ class WorkflowStudy:
     @property
     def workflow_config_arguments(self) -> str:
         """This study as shell words for ``snakemake --config``."""
+        # `runs`, `paper` and `download` are among the overrides
         words = [f"study={self.study_name}", f"results={self.paths.results}"]
         if len(self.overrides) > 1:
             words.append(f"overrides={json.dumps(self.overrides[1:])}")

@@ -48,7 +48,7 @@ def test_third_architecture_is_drawn_in_its_own_colour(name, three):
 def test_empty_tables_are_said_not_raised(name, frames):
     empty = {key: frame if key in ("runs", "curves") else frame.iloc[:0] for key, frame in frames.items()}
     figure = draw(name, Tables(frames=empty))
-    if name not in ("study_overview", "training_curves"):
+    if name not in ("study_overview", "loss_map", "training_curves"):
         assert re.search(r"no (fit|measurement)", words(figure)), words(figure)
 
 
@@ -134,6 +134,19 @@ def test_every_curve_is_drawn(tables):
     for arch, rows in curves.groupby("arch"):
         (lines,) = by_gid(figure, f"curves-{arch}")
         assert len(lines.get_segments()) == rows["run_id"].nunique()
+
+
+@pytest.mark.parametrize("variables", [("num_params",), ("num_params", "num_tokens")])
+def test_minima_that_are_all_missing_are_said(frames, variables):
+    gone = frames["fits/isoflop"]["variable"].isin(variables)
+    cells = frames["fits/isoflop"].assign(status=frames["fits/isoflop"]["status"].mask(gone, "no_minimum"))
+    cells.loc[gone, ["x_opt", "x_opt_lo", "x_opt_hi"]] = np.nan
+    lost = {
+        name: frames[name][~frames[name]["variable"].isin(variables)]
+        for name in ("fits/power_laws", "fits/power_law_bands")
+    }
+    for name in ("power_laws", "isoflop_contexts", "compute_optimal"):
+        assert "no" in words(draw(name, Tables(frames=frames | lost | {"fits/isoflop": cells})))
 
 
 def test_failed_cells_are_hollow_and_said(broken):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from xlstm_scaling.report import findings, write_findings
+from xlstm_scaling.report import findings, optimal_table, write_findings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
 from figure_tables import make_runs
@@ -23,7 +23,9 @@ def tables(ratio=(1.5, 1.2, 1.9), difference=(0.05, -0.1, 0.2), num_runs=6):
             {**LAW, "arch": "xlstm - transformer"} | dict(zip(("exponent", "exponent_lo", "exponent_hi"), difference)),
         ]
     )
-    ratios = pd.DataFrame([{"val_loss": 3.5} | dict(zip(("flop_ratio", "flop_ratio_lo", "flop_ratio_hi"), ratio))])
+    ratios = pd.DataFrame(
+        [{"context_length": 512, "val_loss": 3.5} | dict(zip(("flop_ratio", "flop_ratio_lo", "flop_ratio_hi"), ratio))]
+    )
     surface = pd.DataFrame({"arch": ["xlstm"] * 2, "status": ["converged", "bound_hit"], "exponent_params": [0.4, 9.0]})
     slopes = pd.DataFrame(
         {"arch": ["xlstm"] * 2, "status": "ok", "num_runs": num_runs, "slope": [-0.05, -0.07],
@@ -77,6 +79,42 @@ def test_a_difference_is_claimed_only_outside_its_interval():
     assert "this study does not tell them apart" in statements()
     assert "the architectures differ" in statements(difference=(0.3, 0.1, 0.5))
     assert "this study does not tell them apart" in statements(difference=(0.3, float("nan"), float("nan")))
+
+
+def test_without_inference_the_rest_is_said():
+    given = {name: table for name, table in tables().items() if not name.startswith("inference/")}
+    text = "\n".join(findings(given, inference=False).statement)
+    assert "no inference measurements" in text
+    assert "the FLOPs of xLSTM" in text
+
+
+def test_published_runs_name_their_files_and_what_is_missing():
+    provenance = {
+        "sources": [{"name": "a.pkl", "kind": "log"}, {"name": "runs.csv", "kind": "table"}],
+        **{"num_runs": 12, "num_selected": 10, "num_written": 10, "missing": ["b.pkl"], "conflicts": []},
+    }
+    text = "\n".join(findings(tables(), provenance=provenance).statement)
+    assert "read from 1 run logs and runs.csv: 12 runs, of which 10 pass" in text
+    assert "Not at hand, so their runs are absent: b.pkl." in text
+
+
+def test_optima_invert_the_power_laws():
+    """N* = H^0.5, D* = H^0.5 / 6 and no noise: a size N is best for H = N^2."""
+    cells = [
+        {"arch": "xlstm", "context_length": 512, "isoflop_tag": flops, "flops_mean": flops, "variable": variable,
+         "status": "ok", "x_opt": flops**0.5 / (1 if variable == "num_params" else 6)}
+        for flops in (1e16, 1e18, 1e20) for variable in ("num_params", "num_tokens")
+    ]  # fmt: skip
+    isoflop = pd.DataFrame(cells)
+    resamples = pd.concat([isoflop.assign(resample=place) for place in range(20)])
+    settings = {"seed": 0, "confidence": 0.95, "power_law": {"flops_range": [None, None], "min_points": 2}}
+    table = optimal_table(isoflop, resamples, settings).set_index("num_params")
+    assert table.num_flops[1e9] == pytest.approx(1e18)
+    assert table.num_tokens_lo[1e9] == table.num_tokens_hi[1e9] == pytest.approx(1e9 / 6)
+    assert table.beyond_budgets[1.75e11] == pytest.approx(1.75e11**2 / 1e20)
+    assert optimal_table(
+        isoflop.head(4), resamples, settings | {"power_law": settings["power_law"] | {"min_points": 3}}
+    ).empty
 
 
 def test_pages(tmp_path):

@@ -4,7 +4,7 @@ rule figures:
         runs=paths.study / "runs.parquet",
         curves=paths.study / "curves.parquet",
         fits=study.fit_files(".parquet"),
-        inference=rules.inference.output,
+        inference=study.inference_files,
         code=study.code("figures"),
     output:
         [
@@ -19,9 +19,9 @@ rule figures:
         ],
         [path for path in study.figures if path.suffix != ".svg"],
     log:
-        LOGS / study.config.study.name / "figures.log",
+        LOGS / paths.study.name / "figures.log",
     benchmark:
-        LOGS / study.config.study.name / "figures.tsv"
+        LOGS / paths.study.name / "figures.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:

@@ -16,9 +16,9 @@ rule fit:
             for path in study.fit_files(".csv")
         ],
     log:
-        LOGS / study.config.study.name / "fit.log",
+        LOGS / paths.study.name / "fit.log",
     benchmark:
-        LOGS / study.config.study.name / "fit.tsv"
+        LOGS / paths.study.name / "fit.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:

@@ -3,7 +3,8 @@ rule findings:
     input:
         runs=paths.study / "runs.parquet",
         fits=study.fit_files(".parquet"),
-        inference=rules.inference.output,
+        inference=study.inference_files,
+        provenance=study.provenance,
         code=study.code("report"),
     output:
         html=report(
@@ -12,13 +13,20 @@ rule findings:
             category="Overview",
             labels={"figure": "Findings"},
         ),
+        optimal=report(
+            paths.study / "optimal.csv",
+            caption="../report/optimal.rst",
+            category="Tables",
+            labels={"table": "Optimal size, tokens and compute"},
+        ),
+        optimal_parquet=paths.study / "optimal.parquet",
         text=paths.study / "findings.md",
         table=paths.study / "findings.csv",
         parquet=paths.study / "findings.parquet",
     log:
-        LOGS / study.config.study.name / "findings.log",
+        LOGS / paths.study.name / "findings.log",
     benchmark:
-        LOGS / study.config.study.name / "findings.tsv"
+        LOGS / paths.study.name / "findings.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:
@@ -37,22 +45,24 @@ rule report:
     input:
         rules.figures.output,
         rules.findings.output,
+        study.claims_files,
         captions=study.captions,
     output:
         html=paths.study / "report.html",
     log:
-        LOGS / study.config.study.name / "report.log",
+        LOGS / paths.study.name / "report.log",
     benchmark:
-        LOGS / study.config.study.name / "report.tsv"
+        LOGS / paths.study.name / "report.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:
         config_words=study.workflow_config_arguments,
         snakefile=workflow.main_snakefile,
+        targets=study.report_targets,
         mem_mb=1000,
         runtime=10,
     params:
         partial=paths.study / "report.partial.html",
     shell:
-        "snakemake --snakefile {resources.snakefile} --cores 1 --nolock --report {params.partial} --config {resources.config_words} -- figures findings > {log} 2>&1"
+        "snakemake --snakefile {resources.snakefile} --cores 1 --nolock --report {params.partial} --config {resources.config_words} -- {resources.targets} > {log} 2>&1"
         " && mv {params.partial} {output.html}"

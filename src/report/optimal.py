@@ -1,0 +1,75 @@
+"""The table of optima: what a model of a given size should cost and see, by the power laws of the IsoFLOP minima."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from xlstm_scaling.fitting.power_law import fit_lines
+from xlstm_scaling.fitting.resampling import cell_generator, percentile_interval, refill
+
+#: sizes that the table is made for [parameters]
+SIZES = (1e8, 4e8, 1e9, 3e9, 7e9, 1.3e10, 3.3e10, 7e10, 1.75e11)
+COLUMNS = [
+    *("arch", "context_length", "num_params", "num_flops", "num_flops_lo", "num_flops_hi"),
+    *("num_tokens", "num_tokens_lo", "num_tokens_hi", "tokens_per_param", "beyond_budgets", "num_budgets"),
+]
+
+
+def optimal_table(
+    isoflop: pd.DataFrame, resamples: pd.DataFrame, config: Mapping[str, Any], sizes: Sequence[float] = SIZES
+) -> pd.DataFrame:
+    """The budget H [FLOPs] for which a size is best, and the tokens D*(H), per architecture and context.
+
+    Args:
+        isoflop, resamples: the tables of the fits.
+        config: the group `fitting`: seed, confidence, power_law.flops_range and min_points.
+        sizes: N [parameters].
+
+    Returns:
+        One row an architecture, context and size. N*(H) is inverted and put into D*(H), resample by resample, which
+        gives the intervals. ``beyond_budgets`` is H over the largest budget with a minimum: above 1 it is extrapolated.
+    """
+    low, high = (
+        end if end is not None else bound for end, bound in zip(config["power_law"]["flops_range"], (0, np.inf))
+    )
+    cells = isoflop[(isoflop["status"] == "ok") & isoflop["flops_mean"].between(float(low), float(high))]
+    keys = ["arch", "context_length", "isoflop_tag", "variable"]
+    draws = {key: group.sort_values("resample")["x_opt"].to_numpy() for key, group in resamples.groupby(keys)}
+    least = max(2, int(config["power_law"]["min_points"]))
+    rows: list[dict[str, Any]] = []
+    for (arch, context), group in cells.groupby(["arch", "context_length"], sort=True):
+        lines = {}
+        for variable in ("num_params", "num_tokens"):
+            mine = group[group["variable"] == variable].sort_values("flops_mean")
+            if mine["flops_mean"].nunique() < least:
+                break
+            sampled = []
+            for tag in mine["isoflop_tag"]:
+                stream = cell_generator(config["seed"], "refill", arch, context, tag)
+                sampled.append(np.log10(refill(draws[arch, context, tag, variable][:, None], stream)[:, 0]))
+            points = np.log10(mine["x_opt"].to_numpy(dtype=float))
+            x = np.log10(mine["flops_mean"].to_numpy(dtype=float))
+            lines[variable] = fit_lines(x, np.vstack([points, np.column_stack(sampled)]))
+        if len(lines) < 2:
+            continue
+        largest = group.loc[group["variable"] == "num_params", "flops_mean"]
+        for size in sizes:
+            log_flops = (np.log10(size) - lines["num_params"][:, 0]) / lines["num_params"][:, 1]
+            log_tokens = lines["num_tokens"][:, 0] + lines["num_tokens"][:, 1] * log_flops
+            flops, tokens = 10.0**log_flops, 10.0**log_tokens
+            flops_ends, tokens_ends = (percentile_interval(v[1:], config["confidence"]) for v in (flops, tokens))
+            rows.append(
+                {
+                    **{"arch": arch, "context_length": int(context), "num_params": size},
+                    **{"num_flops": flops[0], "num_flops_lo": flops_ends[0], "num_flops_hi": flops_ends[1]},
+                    **{"num_tokens": tokens[0], "num_tokens_lo": tokens_ends[0], "num_tokens_hi": tokens_ends[1]},
+                    "tokens_per_param": tokens[0] / size,
+                    "beyond_budgets": flops[0] / largest.max(),
+                    "num_budgets": len(largest),
+                }
+            )
+    return pd.DataFrame(rows, columns=COLUMNS)
