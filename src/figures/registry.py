@@ -143,6 +143,14 @@ _ALL = (
         "sensitivity:sensitivity_data",
     ),
     FigureSpec(
+        "forecasts",
+        "forecasts:forecasts",
+        "Laws judged on budgets they have not seen",
+        "Scaling laws",
+        ("fits/forecasts",),
+        "forecasts:forecasts_data",
+    ),
+    FigureSpec(
         "ttft",
         "inference:ttft",
         "Time to first token",

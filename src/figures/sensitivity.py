@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .sheet import Sheet, empty_sheet, hollow_mark, mark
 from .style import FAILED, INK, SOFT, ArchStyle, arch_styles, count, interval, themed
-from .tables import Tables, order_archs, reasons
+from .tables import Tables, base_context, order_archs, reasons
 from .tables import fine as fine_status
 
 TITLE = "One question, many estimates: the exponent $a$ of $N^* \\propto H^a$"
@@ -30,6 +30,12 @@ GROUPS = {
     1: "Approach 1: envelope of the training curves",
     2: "Approach 2: minima of the IsoFLOP curves",
     3: "Approach 3: fitted loss surface L(N, D)",
+}
+#: other countings (fitting/sensitivity.py); `tfla` differs from the paper's convention in the sixth digit
+VARIANTS = {
+    "flops_6nd": "H = 6 N D",
+    "flops_chinchilla": "attention without mask",
+    "duplicates": "runs counted twice",
 }
 SUBSETS = {"all": "all runs", "tokenparam": "token/param runs", "isoflop": "IsoFLOP runs"}
 
@@ -62,6 +68,13 @@ def sensitivity_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
                 approach=1, main=True, estimate="context " + envelope["context_length"].map(count).astype(str)
             )
         )
+    if "fits/sensitivity" in tables:
+        other = tables["fits/sensitivity"]
+        other = other[(other["variable"] == "num_params") & other["variant"].isin(VARIANTS)]
+        context = base_context(tables, config.get("base_context"))
+        other = other[other["context_length"] == context]
+        label = f"context {count(context)}, " + other["variant"].map(VARIANTS)
+        parts.append(other.assign(approach=2, main=True, estimate=label))
     parts = [part.reindex(columns=[*COLUMNS, "detail"]) for part in parts if len(part)]
     if not parts:
         return pd.DataFrame(columns=[*COLUMNS, "detail"])

@@ -6,10 +6,12 @@ from typing import Any
 import pandas as pd
 
 from .envelope import fit_envelope
+from .forecast import fit_forecasts
 from .isoflop import fit_isoflop
 from .overtraining import fit_overtraining
 from .pareto import fit_pareto
 from .power_law import fit_power_laws
+from .sensitivity import fit_sensitivity
 from .surface_tables import fit_surfaces
 from .tables import FitError, usable_runs
 
@@ -56,6 +58,9 @@ def fit_all(
     tables["pareto"], tables["pareto_ratio"] = fit_pareto(usable, config)
     tell("training-curve envelope")
     tables["envelope"] = fit_envelope(_usable_curves(curves, usable), config, usable)
+    tell("other countings, and budgets predicted from smaller ones")
+    tables["sensitivity"] = fit_sensitivity(usable, tables["isoflop"], tables["isoflop_resamples"], config)
+    tables["forecasts"] = fit_forecasts(tables["isoflop"], tables["isoflop_resamples"], usable, config, tell)
     _require_a_fit(tables, usable)
     return tables
 

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-_INTEGERS = {"num_runs", "resamples_ok", "resample", "num_points", "num_starts", "num_starts_agree"}
+_INTEGERS = {"num_held_out", "num_runs", "resamples_ok", "resample", "num_points", "num_starts", "num_starts_agree"}
 _STRINGS = {"arch", "variable", "predictor", "status", "detail", "subset", "form", "run_id"}
+_STRINGS |= {"variant", "law", "quantity"}
 _LABELS = {"isoflop_tag", "ratio_tag"}
 _TEXT = pd.StringDtype(na_value=np.nan)
 
@@ -42,6 +43,11 @@ COLUMNS: dict[str, list[str]] = {
     "pareto": _columns("arch context_length run_id num_flops num_params num_tokens val_loss"),
     "pareto_ratio": _columns("context_length val_loss flops_xlstm flops_transformer flop_ratio± status"),
     "envelope": _columns("arch context_length variable log10_coefficient exponent± num_points status detail"),
+    "sensitivity": _columns("arch context_length variable variant exponent± num_points status detail"),
+    "forecasts": _columns(
+        "arch context_length law quantity isoflop_tag flops_mean num_points num_held_out predicted± observed± error",
+        "coverage status detail",
+    ),
 }
 _CONTEXT_MAY_BE_MISSING = {"power_laws", "power_law_bands"}
 REQUIRED_RUN_COLUMNS = (

