@@ -4,7 +4,7 @@ python benchmarks/norms_and_gates.py [--device cuda] [--threads 1 2] [--dtypes b
 
 Peers take turns within one run, so that other load on the machine meets all of them; times are the shortest of all
 rounds. ``autograd``: the formulas in PyTorch (the reference); ``functional``: with F.rms_norm or F.layer_norm in the
-dtype of the activations; ``fused``: backend ``cpu`` (on a GPU ``triton``); ``speedup``: autograd's time by fused's;
+dtype of the activations; ``fused``: what models use on this device; ``speedup``: autograd's time by fused's;
 ``GB/s``: what must be read and written at least. The last line is JSON.
 """
 
@@ -15,7 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from xlstm_scaling.kernels import get_kernel
+from xlstm_scaling.kernels import get_kernel, select
 from xlstm_scaling.study.machine import keep_freed_memory
 
 EPS = 1e-6
@@ -74,7 +74,7 @@ def measure(op, size, dtype, device, rounds):
     inputs, gradients, moved = make_inputs(op, size, dtype, device)
     peers = {
         "autograd": get_kernel(op, "reference"),
-        "fused": get_kernel(op, "fused", "triton" if device == "cuda" else "cpu"),
+        "fused": select(op, device).function,
     }
     if op in FUNCTIONAL:
         peers["functional"] = FUNCTIONAL[op]
