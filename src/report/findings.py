@@ -195,9 +195,10 @@ def _forecasts(forecasts: pd.DataFrame) -> Iterator[Finding]:
     laws = forecasts[(forecasts.law == "power_law") & forecasts.coverage.notna()]
     for quantity, group in laws.groupby("quantity", sort=False):
         covered, largest = int(group.coverage.sum()), group.loc[group.flops_mean.idxmax()]
+        what = VARIABLES[quantity].capitalize()
         yield (
             "forecasts",
-            f"{VARIABLES[quantity].capitalize()} of a budget lies in the interval that a power law through the smaller ones gives "
+            f"{what} of a budget lies in the interval that a power law through the smaller ones gives "
             f"in {covered} of {len(group)} cases; at {largest.flops_mean:.1e} FLOPs ({_name(largest.arch)}, context "
             f"{largest.context_length:,}) it is missed by {100 * largest.error:+.1f}%.",
             covered / len(group), math.nan, math.nan, "fits/forecasts",
