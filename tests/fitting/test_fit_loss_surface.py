@@ -375,6 +375,7 @@ def test_likelihoods_tell_gamma_from_one(config):
         compare_forms(fits[0], fits[0])
 
 
+@pytest.mark.exhaustive
 def test_likelihood_ratio_is_chi_squared_where_gamma_is_one(config):
     """Wilks 1938: of noisy data sets with gamma = 1 about 5 % are rejected at 5 %."""
     surface = small(config)

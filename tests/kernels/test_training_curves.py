@@ -36,7 +36,10 @@ def candidates():
             continue
         names = [kernel.form for kernel in registry.kernels(op, backend)] if _importable(modules) else []
         skipped = {"step", "recurrent"} | ({REFERENCE[op]} if backend == "torch" else set())
-        found += [(op, form, backend) for form in names if form not in skipped]
+        # where there is a compiler nothing trains with the PyTorch forms for CPUs
+        fallback = backend == "cpu" and build.usable(registry.CPP_LIBRARIES[op])
+        marks = [pytest.mark.exhaustive] if fallback else []
+        found += [pytest.param(op, form, backend, marks=marks) for form in names if form not in skipped]
     return found
 
 
