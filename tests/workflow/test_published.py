@@ -175,7 +175,7 @@ def test_another_file_in_the_folder_is_read(finished, paper):
         (paper / "more_runs.csv").unlink()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_papers_own_folder(tmp_path):
     folder = Path(os.environ.get("XLSTM_SCALING_PAPER", REPOSITORY.parent / "shared" / "paper"))
     if not (folder / "runs.csv").is_file():
