@@ -15,7 +15,8 @@ EPILOG = """stages, in order:
   tokens     text -> tokens                      plan       grid -> plan of runs
   train      one run (or all) of the plan        runs       results -> the table of runs
   fit        table of runs -> laws               inference  latency measurements and the runtime model
-  figures    tables -> figures                   findings   tables -> what the study found
+  evaluate   loss beyond the training context    figures    tables -> figures
+  findings   tables -> what the study found
   report     everything on one page: `snakemake --cores 2 report`
 before training: certify   the kernels of this device, against float64
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     stage("plan", "the study's grid -> the plan of runs")
     train = stage("train", "train one run of the plan (resumes by itself)")
     train.add_argument("--run", help="run id, or a part of it that only one run has")
+    train.add_argument("--trunk", help="train what the runs of this trunk share (training.schedule.decay=constant)")
     train.add_argument("--all", action="store_true", help="train all runs of the plan, one after the other")
     train.add_argument("--uncertified", action="store_true", help="train with kernels that no certificate covers")
     train.add_argument("--plan", type=Path, help="a plan.json to take the run from, instead of overrides")
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     stage("download", text).add_argument("--only", nargs="+", metavar="NAME", help="fetch these files only")
     stage("fit", "table of runs -> laws with intervals")
     stage("inference", "time to first token and step time on this machine, and the runtime model")
+    stage("evaluate", "trained models -> loss by position, beyond their training context too")
     stage("findings", "tables -> what the study found, in sentences")
     figures = stage("figures", "tables -> figures")
     figures.add_argument("--only", nargs="+", metavar="NAME", help="draw these figures only")
@@ -80,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "one loss surface L(N, D) from a table of runs, with intervals"
     add_surface_arguments(commands.add_parser("fit-surface", help=text, description=text))
+
+    from xlstm_scaling.interop import command as interop
+
+    text = interop.EXPORT_DESCRIPTION
+    interop.add_export_arguments(commands.add_parser("export", help=text, description=text))
+    text = interop.IMPORT_DESCRIPTION
+    interop.add_import_arguments(commands.add_parser("import", help=text, description=text))
 
     count = commands.add_parser("count", help="parameters and FLOPs of one model", description=_count.__doc__)
     count.add_argument("--arch", required=True, help="xlstm or transformer")
@@ -151,6 +161,18 @@ def _claims(args: argparse.Namespace) -> int:
     return run_claims(args)
 
 
+def _export(args: argparse.Namespace) -> int:
+    from xlstm_scaling.interop.command import run_export
+
+    return run_export(args)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from xlstm_scaling.interop.command import run_import
+
+    return run_import(args)
+
+
 def _stage(args: argparse.Namespace) -> int:
     from xlstm_scaling import stages
     from xlstm_scaling.study.config import ConfigError, compose
@@ -172,11 +194,20 @@ def _stage(args: argparse.Namespace) -> int:
     if args.command == "tokens":
         stages.tokens(config, paths, progress)
     elif args.command == "plan":
+        from xlstm_scaling.study.plan import find_trunks, plan_runs
+
         table = stages.plan(config, paths)
         columns = ["run_id", "num_params", "num_tokens", "num_flops", "learning_rate", "epochs", "estimated_time_s"]
         print(table[columns].to_string(index=False, float_format=lambda x: f"{x:.4g}"))
         total = table.num_flops.sum()
         print(f"{len(table)} runs, {total:.4g} FLOPs, about {table.estimated_time_s.sum() / 60:.3g} core-minutes")
+        trunks = find_trunks(plan_runs(config))
+        if trunks:
+            saved = sum(trunk.saved_flops for trunk in trunks)
+            shared = sum(len(trunk.runs) for trunk in trunks)
+            print(
+                f"{shared} runs branch off {len(trunks)} trunks: {saved:.4g} FLOPs ({saved / total:.0%}) less to train"
+            )
     elif args.command == "train":
         from xlstm_scaling.study.config import to_dict
         from xlstm_scaling.study.plan import plan_runs
@@ -194,6 +225,8 @@ def _stage(args: argparse.Namespace) -> int:
         stages.fit(config, paths)
     elif args.command == "inference":
         stages.inference(config, paths, progress)
+    elif args.command == "evaluate":
+        stages.evaluate(config, paths, progress)
     elif args.command == "findings":
         for row in stages.findings(config, paths).itertuples():
             print(f"- {row.statement}")
@@ -205,12 +238,20 @@ def _stage(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, specs: Sequence, hardware: dict, progress: bool) -> int:
     from xlstm_scaling import stages
     from xlstm_scaling.study.config import ConfigError
+    from xlstm_scaling.study.plan import find_trunks
 
-    if args.all == (args.run is not None):
+    if [args.all, args.run is not None, args.trunk is not None].count(True) != 1:
         names = "\n  ".join(spec.run_id for spec in specs[:20])
         raise ConfigError(f"name a run with --run, or give --all; the plan has {len(specs)}:\n  {names}")
-    for spec in specs if args.all else [stages.find_run(specs, args.run)]:
-        result = stages.train(spec, hardware, args.results, progress, args.uncertified)
+    trunks = {trunk.trunk_id: trunk for trunk in find_trunks(specs)}
+    if args.trunk is not None and args.trunk not in trunks:
+        raise ConfigError(f"no trunk {args.trunk!r} in the plan; there are: {', '.join(trunks) or 'none'}")
+    for name in [args.trunk] if args.trunk is not None else trunks if args.all else []:
+        result = stages.train_trunk(trunks[name], hardware, args.results, progress, args.uncertified)
+        print(f"{name}: {result['status']}, kept at steps {', '.join(map(str, result['steps']))}")
+    chosen = specs if args.all else [stages.find_run(specs, args.run)] if args.run is not None else []
+    for spec in chosen:
+        result = stages.train(spec, hardware, args.results, progress, args.uncertified, trunks.get(spec.trunk_id or ""))
         print(f"{spec.run_id}: {result['status']}, validation loss {result['val_loss']:.4f} nat/token")
     return 0
 
@@ -227,6 +268,7 @@ def run_command(argv: Sequence[str]) -> int:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}
     handlers |= {"ingest": _ingest, "fit-surface": _fit_surface, "claims": _claims}
+    handlers |= {"export": _export, "import": _import}
     handler = handlers.get(args.command, _stage)
     try:
         return handler(args)

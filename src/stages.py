@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from omegaconf import DictConfig
@@ -14,7 +15,10 @@ from omegaconf import DictConfig
 from xlstm_scaling.study.config import ConfigError, is_published, to_dict, write_resolved
 from xlstm_scaling.study.files import read_json, write_json_atomic, write_table
 from xlstm_scaling.study.paths import StudyPaths, certificate_path
-from xlstm_scaling.study.plan import PlanError, RunSpec, plan_runs, plan_table, plan_warnings
+from xlstm_scaling.study.plan import PlanError, RunSpec, TrunkSpec, plan_runs, plan_table, plan_warnings
+
+if TYPE_CHECKING:
+    from xlstm_scaling.training.execution import Execution
 
 log = logging.getLogger(__name__)
 
@@ -83,29 +87,64 @@ def find_run(runs: Sequence[RunSpec], name: str) -> RunSpec:
     raise ConfigError(f"{what}; there are:\n  {listed}")
 
 
-def train(run: RunSpec, hardware: dict, results: Path, progress: bool = True, uncertified: bool = False) -> dict:
-    """Train one run (or find it trained): ``runs/<run_id>/result.json``.
+def train(
+    run: RunSpec,
+    hardware: dict,
+    results: Path,
+    progress: bool = True,
+    uncertified: bool = False,
+    trunk: TrunkSpec | None = None,
+) -> dict:
+    """Train one run (or find it trained): ``runs/<run_id>/result.json``; from its trunk, where it has one.
 
     CertificateError, before any step, unless ``certificates/<hardware name>.json`` covers the run's kernels, or
     ``uncertified`` is asked for.
     """
-    from xlstm_scaling.training.trainer import Execution
-    from xlstm_scaling.training.trainer import train as train_run
+    from xlstm_scaling.training.run import train as train_run
 
-    execution = Execution(
+    execution = _execution(hardware, results, progress, uncertified, trunk)
+    return train_run(run, _tokens_folder(results, run), Path(results) / "runs" / run.run_id, execution)
+
+
+def train_trunk(
+    trunk: TrunkSpec, hardware: dict, results: Path, progress: bool = True, uncertified: bool = False
+) -> dict:
+    """Train what some runs share (or find it trained): ``trunks/<trunk_id>/<name>.json``; errors as in `train`."""
+    from xlstm_scaling.training.trunk import train_trunk as train_shared
+
+    execution = _execution(hardware, results, progress, uncertified)
+    return train_shared(trunk, _tokens_folder(results, trunk.spec), trunk_folder(results, trunk), execution)
+
+
+def trunk_folder(results: Path, trunk: TrunkSpec) -> Path:
+    return Path(results) / "trunks" / trunk.trunk_id
+
+
+def _tokens_folder(results: Path, run: RunSpec) -> Path:
+    folder = Path(results) / "tokens" / run.tokens_id
+    if not (folder / "meta.json").is_file():
+        raise FileNotFoundError(f"no tokens at {folder}: run the stage `tokens` first")
+    return folder
+
+
+def _execution(
+    hardware: dict, results: Path, progress: bool, uncertified: bool, trunk: TrunkSpec | None = None
+) -> Execution:
+    from xlstm_scaling.training.execution import Execution
+
+    return Execution(
         device=hardware["device"],
         threads=hardware["threads_per_run"],
         peak_flops=hardware["peak_flops"],
         micro_batch_sequences=hardware["micro_batch_sequences"],
         checkpoint_interval_s=hardware["checkpoint_interval_s"],
+        prefetch_batches=hardware["prefetch_batches"],
+        trackers=tuple(hardware["trackers"]),
         progress=progress,
         certificate=None if uncertified else certificate_path(results, hardware.get("name", "auto")),
         compile_cache=Path(results) / "cache" / "compiled" if hardware.get("compile") else None,
+        trunk=None if trunk is None else trunk_folder(results, trunk),
     )
-    tokens_folder = Path(results) / "tokens" / run.tokens_id
-    if not (tokens_folder / "meta.json").is_file():
-        raise FileNotFoundError(f"no tokens at {tokens_folder}: run the stage `tokens` first")
-    return train_run(run, tokens_folder, Path(results) / "runs" / run.run_id, execution)
 
 
 def runs(paths: StudyPaths) -> pd.DataFrame:
@@ -207,6 +246,42 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
     write_table(predictions, paths.inference / "runtime_predictions")
     write_resolved(config, paths.inference / "config.yaml", ["inference"])
     return measurements
+
+
+def evaluate(config: DictConfig, paths: StudyPaths, progress: bool = True) -> pd.DataFrame:
+    """The loss of trained models by position, out to several training contexts, on long held-out documents:
+    ``evaluation/length.parquet``."""
+    from functools import partial
+
+    from xlstm_scaling.corpus import TokenDataset
+    from xlstm_scaling.evaluation.length import EvaluatedRun, length_table
+    from xlstm_scaling.evaluation.selection import best_runs, evaluated_runs
+    from xlstm_scaling.study.machine import keep_freed_memory
+    from xlstm_scaling.training.trainer import load_trained
+
+    if is_published(config):
+        raise ConfigError("published runs come without their models: there is nothing to evaluate")
+    settings = to_dict(config.evaluation)
+    if not (paths.tokens / "meta.json").is_file():
+        raise FileNotFoundError(f"no tokens at {paths.tokens}: run the stage `tokens` first")
+    candidates = evaluated_runs(config, plan_runs(config))
+    results = {}
+    for run in candidates:
+        path = paths.runs / run.run_id / "result.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no trained model in {path.parent}: run the stage `train` first")
+        results[run.run_id] = read_json(path)
+    keep_freed_memory()
+    runs = []
+    for run in best_runs(candidates, results, settings["num_runs"]):
+        about = {"arch": run.arch, "run_id": run.run_id, "isoflop_tag": run.isoflop_tag, "num_params": run.num_params}
+        about |= {"num_flops": run.num_flops, "val_loss": results[run.run_id]["val_loss"]}
+        runs.append(EvaluatedRun(run.context_length, about, partial(load_trained, paths.runs / run.run_id)))
+    split = TokenDataset.open(paths.tokens).split("validation")
+    table = length_table(runs, split, settings, config.hardware.device, progress)
+    write_table(table, paths.evaluation / "length")
+    write_resolved(config, paths.evaluation / "config.yaml", ["evaluation"])
+    return table
 
 
 def figures(config: DictConfig, paths: StudyPaths, only: Sequence[str] | None = None, progress: bool = True) -> None:

@@ -171,7 +171,7 @@ def serve(path: Path, pid: int) -> None:
     import torch
 
     import xlstm_scaling.cli
-    import xlstm_scaling.training.trainer  # noqa: F401
+    import xlstm_scaling.training.run  # noqa: F401
 
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)  # no thread pool may exist before a fork

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -264,6 +264,11 @@ class TokenSplit:
         """Tokens per byte of text."""
         return self.num_tokens / self.num_bytes
 
+    @property
+    def document_offsets(self) -> np.ndarray:
+        """First token of every document and the end of the last: int64 (num_documents + 1,)."""
+        return np.append(self._documents.astype(np.int64), self.num_tokens)
+
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of tokens: int64 (B, length), row b being tokens starts[b] ... starts[b] + length - 1.
 
@@ -309,9 +314,10 @@ class TokenDataset:
     meta: the content of meta.json; digest: identity of the tokens; vocab_size: padded; eod_id; tokenizer_file.
     """
 
-    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, meta: Mapping[str, Any], states: "Mapping[str, _State]") -> None:
         self.folder = folder
         self.meta = meta
+        self._states = dict(states)  # of every file, when it was opened
         self.digest: str = meta["digest"]
         self.vocab_size: int = meta["vocab_size"]
         self.eod_id: int = meta["eod_id"]
@@ -321,7 +327,8 @@ class TokenDataset:
     def open(cls, folder: str | Path, verify: Literal["size", "digest"] = "size") -> Self:
         """Open a tokens folder.
 
-        verify: "size" compares the size of every file; "digest" also reads all and compares every SHA-256.
+        verify: "size" compares the size of every file, and the SHA-256 of those that are newer than meta.json, which
+        was written last (`cp -a` keeps times, plain `cp` does not); "digest" reads all and compares every SHA-256.
         Raises CorpusError, naming the file, for tokens that are incomplete, truncated or altered.
         """
         if verify not in ("size", "digest"):
@@ -330,6 +337,7 @@ class TokenDataset:
         again = "Rerun the tokens stage."
         if not (folder / "meta.json").is_file():
             raise CorpusError(f"There are no complete tokens in {folder} (no meta.json). {again}")
+        states = {"meta.json": _state(folder / "meta.json")}
         try:
             meta = json.loads((folder / "meta.json").read_bytes())
             version = meta["format_version"]
@@ -345,23 +353,54 @@ class TokenDataset:
             raise CorpusError(f"{folder / 'meta.json'} is damaged ({error!r}). {again}") from error
         if not intact:
             raise CorpusError(f"{folder / 'meta.json'} was altered: its digest does not match its content. {again}")
-        for name, size, _ in files:
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found is None:
+        for name, size, sha256 in files:
+            state = _state(folder / name) if (folder / name).is_file() else None
+            if state is None:
                 raise CorpusError(f"{folder / name} is missing. {again}")
-            if size is not None and found != size:
-                raise CorpusError(f"{folder / name} has {found:,} bytes, not {size:,}: truncated or altered. {again}")
-        if verify == "digest":
-            for name, _, sha256 in files:
-                if _sha256(folder / name) != sha256:
-                    raise CorpusError(f"{folder / name} was altered: its SHA-256 does not match meta.json. {again}")
-        return cls(folder, meta)
+            if size is not None and state.size != size:
+                raise CorpusError(
+                    f"{folder / name} has {state.size:,} bytes, not {size:,}: truncated or altered. {again}"
+                )
+            touched = state.mtime_ns > states["meta.json"].mtime_ns
+            if (verify == "digest" or touched) and _sha256(folder / name) != sha256:
+                raise CorpusError(f"{folder / name} was altered: its SHA-256 does not match meta.json. {again}")
+            states[name] = state
+        return cls(folder, meta, states)
+
+    def check_unchanged(self) -> None:
+        """Compare size, time of modification and inode of every file with those at `open`: a stat a file, nothing read.
+
+        Raises CorpusError, naming the file, if one was changed, replaced or removed since.
+        """
+        for name, before in self._states.items():
+            try:
+                now = _state(self.folder / name)
+            except FileNotFoundError:
+                now = None
+            if now != before:
+                raise CorpusError(
+                    f"{self.folder / name} was {'removed' if now is None else 'changed'} while it was in use, so what"
+                    " was read since cannot be trusted. Rerun the tokens stage, then resume from the last checkpoint."
+                )
 
     def split(self, name: str) -> TokenSplit:
         """The split `train` or `validation`. Raises KeyError for another name."""
         if name not in self.meta["splits"]:
             raise KeyError(f"no split '{name}'; there are: {', '.join(self.meta['splits'])}")
         return TokenSplit(self.folder, name, self.meta["dtype"], self.meta["splits"][name])
+
+
+class _State(NamedTuple):
+    """What changes with a file: size [B], time of modification [ns], inode."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def _state(path: Path) -> _State:
+    status = path.stat()
+    return _State(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def _sha256(path: Path) -> str:

@@ -107,8 +107,10 @@ class BatchRule:
 
 @dataclass
 class ScheduleConfig:
-    """Warm-up, cosine decay to ``final_fraction`` of the peak, linear cool-down to 0; steps, or fractions of them."""
+    """Warm-up, cosine decay to ``final_fraction`` of the peak (or none: ``decay`` constant), linear cool-down to 0;
+    steps, or fractions of them."""
 
+    decay: str = "cosine"
     warmup_steps: int | None = None
     warmup_fraction: float = 0.1
     cooldown_steps: int | None = None
@@ -134,6 +136,16 @@ class ValidationConfig:
 
 
 @dataclass
+class GuardConfig:
+    """When a step is skipped and when a run has diverged: see ``training.guard.GuardRule``."""
+
+    spike_factor: float = 1.5
+    max_consecutive: int = 5
+    max_skipped: int = 20
+    loss_factor: float = 1.5
+
+
+@dataclass
 class TrainingConfig:
     seed: int = 0
     compute_dtype: str = "auto"
@@ -144,7 +156,7 @@ class TrainingConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     steps_multiple: int = 1
     min_steps: int = 20
-    divergence_loss_factor: float = 1.5
+    guard: GuardConfig = field(default_factory=GuardConfig)
     model_options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -165,6 +177,24 @@ class HardwareConfig:
     warm_start: bool = True
     certification: str = "quick"
     compile: bool = False
+    prefetch_batches: int = 2
+    trackers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvaluationConfig:
+    """The loss by position beyond the training context (conf/evaluation)."""
+
+    multiple: float = 8.0
+    bins_per_doubling: int = 2
+    choose: str = "best"
+    num_runs: int = 1
+    max_documents: int = 64
+    windows_per_document: int = 2
+    min_tokens: int = 200
+    batch_windows: int = 8
+    chunk_tokens: int = 512
+    confidence: float = 0.95
 
 
 @dataclass
@@ -191,7 +221,9 @@ class RunsConfig:
 
 
 SCHEMAS = {"study": StudyConfig, "training": TrainingConfig, "hardware": HardwareConfig, "runs": RunsConfig}
+SCHEMAS |= {"evaluation": EvaluationConfig}
 GROUPS = ("study", "training", "hardware", "corpus", "tokenizer", "fitting", "inference", "figures", "runs")
+GROUPS += ("evaluation",)
 
 
 def conf_dir() -> Path:
@@ -248,10 +280,17 @@ def check(composed: DictConfig) -> DictConfig:
     missing = sorted(set(GROUPS) - set(result))
     if missing:
         raise ConfigError(f"configuration groups missing: {', '.join(missing)}")
-    if result.runs.source not in ("trained", "published"):
-        raise ConfigError(f"runs.source must be trained or published, got {result.runs.source!r}")
+    _check_choice("runs.source", result.runs.source, ("trained", "published"))
+    _check_choice("training.schedule.decay", result.training.schedule.decay, ("cosine", "constant"))
+    for tracker in result.hardware.trackers:
+        _check_choice("hardware.trackers", tracker, ("tensorboard", "wandb"))
     OmegaConf.set_readonly(result, True)
     return result
+
+
+def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key} must be {' or '.join(known)}, got {value!r}")
 
 
 def _first_line(error: Exception) -> str:

@@ -37,6 +37,11 @@ class StudyPaths:
     def runs(self) -> Path:
         return self.results / "runs"
 
+    @property
+    def trunks(self) -> Path:
+        """What runs share that differ in length alone."""
+        return self.results / "trunks"
+
     def certificate(self, hardware: str) -> Path:
         """The kernels' certificate on the hardware of this name (conf/hardware)."""
         return certificate_path(self.results, hardware)
@@ -56,6 +61,10 @@ class StudyPaths:
     @property
     def inference(self) -> Path:
         return self.study / "inference"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.study / "evaluation"
 
     @property
     def figures(self) -> Path:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from itertools import groupby
 
 import pandas as pd
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from xlstm_scaling.accounting import ModelShape, count_flops, count_params, make_shape
 from xlstm_scaling.corpus.build import tokens_id, tokens_spec
-from xlstm_scaling.study.config import ConfigError, to_dict
+from xlstm_scaling.study.config import (
+    ConfigError,
+    IsoflopCell,
+    SizeConfig,
+    StudyConfig,
+    TokenParamCell,
+    TrainingConfig,
+    to_dict,
+)
 from xlstm_scaling.study.files import digest
 from xlstm_scaling.study.machine import resolve_compute_dtype
 
 #: raised whenever a change of the training code changes losses; part of every run's identity
-BEHAVIOUR_VERSION = 3
+BEHAVIOUR_VERSION = 4
 
 
 class PlanError(ConfigError):
@@ -40,7 +51,8 @@ class RunSpec:
     model_options: dict
     seed: int
     compute_dtype: str
-    divergence_loss_factor: float
+    decay: str
+    guard: dict
     tokens: dict
     tokens_id: str
     # where the run belongs
@@ -76,18 +88,74 @@ class RunSpec:
 
     def identity(self) -> dict:
         """What determines the loss, and nothing else: no path, host, device, batch split or place in a study."""
-        spec = asdict(self)
-        for key in ("experiment_set", "isoflop_tag", "ratio_tag", "size", "tokens_id"):
-            spec.pop(key)
+        place = ("experiment_set", "isoflop_tag", "ratio_tag", "size", "tokens_id")
+        spec = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in place}
         spec["behaviour_version"] = BEHAVIOUR_VERSION
         return spec
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """A readable name and the digest of ``identity``: the run's folder."""
-        shape = self.shape
-        name = f"{self.arch}-d{shape['embedding_dim']}b{shape['num_blocks']}-c{self.context_length}"
-        return f"{name}-n{self.batch_sequences}x{self.num_train_steps}-{digest(self.identity())[:10]}"
+        return f"{self._name}-n{self.batch_sequences}x{self.num_train_steps}-{digest(self.identity())[:10]}"
+
+    @property
+    def _name(self) -> str:
+        return f"{self.arch}-d{self.shape['embedding_dim']}b{self.shape['num_blocks']}-c{self.context_length}"
+
+    @property
+    def branch_step(self) -> int:
+        """Updates before the cool-down: where the run leaves its trunk."""
+        return self.num_train_steps - self.cooldown_steps
+
+    def trunk_identity(self) -> dict | None:
+        """What determines the updates before the cool-down, where they do not depend on when that comes, else None."""
+        if self.decay != "constant":
+            return None
+        identity = self.identity()
+        for key in ("num_train_steps", "cooldown_steps", "final_fraction"):
+            del identity[key]
+        return identity
+
+    @cached_property
+    def trunk_id(self) -> str | None:
+        """Runs with the same one share their updates before the shortest one's cool-down."""
+        identity = self.trunk_identity()
+        return None if identity is None else f"{self._name}-n{self.batch_sequences}-{digest(identity)[:10]}"
+
+
+@dataclass(frozen=True)
+class TrunkSpec:
+    """Runs that differ in length alone: trained once up to the last cool-down; each run branches off at its step."""
+
+    trunk_id: str
+    runs: tuple[RunSpec, ...]
+
+    @property
+    def steps(self) -> list[int]:
+        """Where runs branch off, in order."""
+        return sorted({run.branch_step for run in self.runs})
+
+    @property
+    def spec(self) -> RunSpec:
+        """The trunk as a run without a cool-down."""
+        return replace(self.runs[0], num_train_steps=self.steps[-1], cooldown_steps=0)
+
+    @property
+    def name(self) -> str:
+        """The trunk and its branches: other branches are another file."""
+        return f"branches-{digest(self.steps)[:10]}"
+
+    @property
+    def saved_flops(self) -> float:
+        """What the runs would cost beyond this, each on its own."""
+        return (sum(run.branch_step for run in self.runs) - self.steps[-1]) * self.runs[0].flops_per_step
+
+
+def find_trunks(runs: Iterable[RunSpec]) -> list[TrunkSpec]:
+    """The trunks that at least two of these runs share."""
+    sharing = sorted((run for run in runs if run.trunk_id), key=lambda run: (run.trunk_id, run.num_train_steps))
+    groups = ((name, tuple(group)) for name, group in groupby(sharing, key=lambda run: run.trunk_id))
+    return [TrunkSpec(name, group) for name, group in groups if len(group) > 1]
 
 
 def model_vocab_size(config: DictConfig) -> int:
@@ -98,14 +166,14 @@ def model_vocab_size(config: DictConfig) -> int:
     return vocab if not multiple else -(-vocab // multiple) * multiple
 
 
-def num_heads(config: DictConfig, arch: str, embedding_dim: int, explicit: int | dict | None = None) -> int:
+def num_heads(study: StudyConfig, arch: str, embedding_dim: int, explicit: int | dict | None = None) -> int:
     """Heads by the size, else by ``study.heads``: an exception for the width, else ``num_heads``, else the most heads
     of at least ``head_dim`` that divide the width."""
     if isinstance(explicit, int):
         return explicit
     if explicit is not None and arch in explicit:
         return int(explicit[arch])
-    rule = config.study.heads.get(arch)
+    rule = study.heads.get(arch)
     if rule is None:
         raise PlanError(f"study.heads.{arch} is missing: give it num_heads or head_dim, e.g. {{head_dim: 64}}")
     if embedding_dim in rule.by_width:
@@ -122,19 +190,26 @@ class Planner:
     """Turns one composed configuration into runs."""
 
     def __init__(self, config: DictConfig) -> None:
-        self.config = config
-        self.training = config.training
+        try:  # plain objects: reading a DictConfig costs more than all the arithmetic here
+            self.study: StudyConfig = OmegaConf.to_object(config.study)
+            self.training: TrainingConfig = OmegaConf.to_object(config.training)
+        except MissingMandatoryValue as error:
+            raise PlanError(str(error).splitlines()[0]) from None
         self.vocab_size = model_vocab_size(config)
         self.tokens = tokens_spec(to_dict(config.corpus), to_dict(config.tokenizer))
         self.tokens_id = tokens_id(to_dict(config.corpus), to_dict(config.tokenizer))
         self.dtype = resolve_compute_dtype(self.training.compute_dtype, config.hardware.device)
-        self.model_options = to_dict(self.training.model_options)
-        self.optimizer = to_dict(self.training.optimizer)
-        self.validation = to_dict(self.training.validation)
+        self.optimizer = asdict(self.training.optimizer)
+        self.validation = asdict(self.training.validation)
+        self.guard = asdict(self.training.guard)
+        self.scales: dict[tuple[ModelShape, int], list[float]] = {}
+        if self.training.schedule.decay == "constant":
+            for shape, context_length, flops in self.demands():
+                self.scales.setdefault((shape, context_length), []).append(flops)
 
     def shape(self, arch: str, embedding_dim: int, num_blocks: int, heads: int | dict | None = None) -> ModelShape:
         try:
-            n = num_heads(self.config, arch, embedding_dim, heads)
+            n = num_heads(self.study, arch, embedding_dim, heads)
             return make_shape(arch, embedding_dim, num_blocks, n, self.vocab_size)
         except ValueError as error:
             raise PlanError(f"size d={embedding_dim}, blocks={num_blocks}: {error}") from None
@@ -166,7 +241,8 @@ class Planner:
         **place: object,
     ) -> RunSpec:
         schedule = self.training.schedule
-        warmups = (warmup_steps, schedule.warmup_steps, steps * schedule.warmup_fraction)
+        shortest = min([steps, *self.steps_of(shape, context_length, batch)])
+        warmups = (warmup_steps, schedule.warmup_steps, shortest * schedule.warmup_fraction)
         warmup = next(value for value in warmups if value is not None)
         cooldown = (
             schedule.cooldown_steps if schedule.cooldown_steps is not None else steps * schedule.cooldown_fraction
@@ -182,10 +258,11 @@ class Planner:
             final_fraction=schedule.final_fraction,
             optimizer=self.optimizer,
             validation=self.validation,
-            model_options=self.model_options.get(shape.arch, {}),
+            model_options=self.training.model_options.get(shape.arch, {}),
             seed=self.training.seed,
             compute_dtype=self.dtype,
-            divergence_loss_factor=self.training.divergence_loss_factor,
+            decay=schedule.decay,
+            guard=self.guard,
             tokens=self.tokens,
             tokens_id=self.tokens_id,
             **place,
@@ -204,40 +281,69 @@ class Planner:
             )
         return steps
 
-    def architectures(self, cell: DictConfig) -> Sequence[str]:
-        return [a for a in self.config.study.architectures if cell.architectures is None or a in cell.architectures]
+    def architectures(self, cell: IsoflopCell | TokenParamCell) -> Sequence[str]:
+        return [a for a in self.study.architectures if cell.architectures is None or a in cell.architectures]
 
-    def size(self, name: str) -> DictConfig:
-        sizes = self.config.study.sizes
+    def size(self, name: str) -> SizeConfig:
+        sizes = self.study.sizes
         if name not in sizes:
             raise PlanError(f"size {name!r} is not in study.sizes; known: {', '.join(sizes)}")
         return sizes[name]
 
-    def isoflop_runs(self, name: str, cell: DictConfig) -> Iterator[RunSpec]:
+    def steps_of(self, shape: ModelShape, context_length: int, batch: int) -> list[float]:
+        """Steps of all runs that share a recipe with a constant learning rate."""
+        per_step = count_flops(shape, context_length).forward_backward * batch
+        return [flops / per_step for flops in self.scales.get((shape, context_length), [])]
+
+    def isoflop_shapes(self, cell: IsoflopCell, arch: str) -> list[tuple[str, ModelShape, float | None]]:
+        """Name, shape and explicit learning rate of every size of a cell."""
+        shapes = []
+        for size_name in cell.sizes:
+            size = self.size(size_name)
+            shape = self.shape(arch, size.embedding_dim, size.num_blocks, size.num_heads)
+            shapes.append((size_name, shape, size.learning_rate))
+        for width, depths in cell.grid.items():
+            shapes += [(f"d{width}b{depth}", self.shape(arch, width, depth), None) for depth in depths]
+        return shapes
+
+    def demands(self) -> Iterator[tuple[ModelShape, int, float]]:
+        """Shape, context length and FLOPs of every run whose batch and learning rate follow from its FLOPs."""
+        for cell in self.study.isoflop.values():
+            for arch in self.architectures(cell):
+                for _, shape, _ in self.isoflop_shapes(cell, arch):
+                    yield shape, cell.context_length, cell.budget_flops
+        for cell in self.study.tokenparam.values():
+            for arch in self.architectures(cell):
+                for size in map(self.size, cell.sizes):
+                    shape = self.shape(arch, size.embedding_dim, size.num_blocks, size.num_heads)
+                    flops = count_flops(shape, cell.context_length).forward_backward / cell.context_length
+                    for ratio in cell.ratios:
+                        yield shape, cell.context_length, ratio * count_params(shape) * flops
+
+    def scale(self, shape: ModelShape, context_length: int, flops: float) -> float:
+        """FLOPs that a run's recipe follows: its own; with a constant learning rate those of the longest run of its
+        shape and context, so that runs which differ in length alone share their recipe."""
+        return max(self.scales.get((shape, context_length), [flops]))
+
+    def isoflop_runs(self, name: str, cell: IsoflopCell) -> Iterator[RunSpec]:
         budget, T = cell.budget_flops, cell.context_length
-        batch = self.batch_sequences(T, budget, cell.batch_sequences)
         for arch in self.architectures(cell):
-            shapes = []
-            for size_name in cell.sizes:
-                size = self.size(size_name)
-                shape = self.shape(arch, size.embedding_dim, size.num_blocks, size.num_heads)
-                shapes.append((size_name, shape, size.learning_rate))
-            for width, depths in cell.grid.items():
-                shapes += [(f"d{width}b{depth}", self.shape(arch, width, depth), None) for depth in depths]
-            for size_name, shape, explicit_lr in shapes:
+            for size_name, shape, explicit_lr in self.isoflop_shapes(cell, arch):
+                scale = self.scale(shape, T, budget)
+                batch = self.batch_sequences(T, scale, cell.batch_sequences)
                 per_step = count_flops(shape, T).forward_backward * batch
                 steps = self.steps_for(f"study.isoflop.{name}, {arch} {size_name}", per_step, budget)
                 rates = (
                     explicit_lr,
                     cell.learning_rate_by_width.get(shape.embedding_dim),
-                    self.learning_rate(shape, budget),
+                    self.learning_rate(shape, scale),
                 )
                 rate = next(value for value in rates if value is not None)
                 yield self.run(
                     shape, T, batch, steps, rate, experiment_set="isoflop", isoflop_tag=float(budget), size=size_name
                 )
 
-    def tokenparam_runs(self, name: str, cell: DictConfig) -> Iterator[RunSpec]:
+    def tokenparam_runs(self, name: str, cell: TokenParamCell) -> Iterator[RunSpec]:
         T = cell.context_length
         if bool(cell.ratios) == bool(cell.num_train_steps):
             raise PlanError(f"study.tokenparam.{name}: give either ratios or num_train_steps")
@@ -249,16 +355,17 @@ class Planner:
                 for target in cell.ratios or cell.num_train_steps:
                     if cell.ratios:
                         ratio, flops = target, target * params * flops_per_token
-                        batch = self.batch_sequences(T, flops, cell.batch_sequences)
+                        scale = self.scale(shape, T, flops)
+                        batch = self.batch_sequences(T, scale, cell.batch_sequences)
                         what = f"study.tokenparam.{name}, {arch} {size_name} at ratio {ratio:g}"
                         steps = self.steps_for(what, flops_per_token * T * batch, flops)
                     else:
                         if cell.batch_sequences is None:
                             raise PlanError(f"study.tokenparam.{name}: num_train_steps needs batch_sequences")
                         batch, steps = cell.batch_sequences, target
-                        flops = flops_per_token * T * batch * steps
+                        scale = flops_per_token * T * batch * steps
                         ratio = nearest_ratio(batch * T * steps / params)
-                    rates = (cell.learning_rate, size.learning_rate, self.learning_rate(shape, flops))
+                    rates = (cell.learning_rate, size.learning_rate, self.learning_rate(shape, scale))
                     rate = next(value for value in rates if value is not None)
                     yield self.run(
                         shape, T, batch, steps, rate, cell.warmup_steps, experiment_set="tokenparam", ratio_tag=ratio,
@@ -269,10 +376,10 @@ class Planner:
         """All runs of the study, each once. Raises PlanError on a grid that cannot be fitted."""
         self.check_grid()
         runs: dict[str, RunSpec] = {}
-        for name, cell in self.config.study.isoflop.items():
+        for name, cell in self.study.isoflop.items():
             for run in self.isoflop_runs(name, cell):
                 runs.setdefault(run.run_id, run)
-        for name, cell in self.config.study.tokenparam.items():
+        for name, cell in self.study.tokenparam.items():
             for run in self.tokenparam_runs(name, cell):
                 runs.setdefault(run.run_id, run)
         if not runs:
@@ -280,7 +387,7 @@ class Planner:
         return list(runs.values())
 
     def check_grid(self) -> None:
-        study = self.config.study
+        study = self.study
         if not study.architectures:
             raise PlanError("study.architectures is empty; known architectures: xlstm, transformer")
         for name, cell in study.isoflop.items():
@@ -308,8 +415,9 @@ def plan_runs(config: DictConfig) -> list[RunSpec]:
 
 
 def plan_table(runs: Sequence[RunSpec], config: DictConfig, corpus_tokens: float | None) -> pd.DataFrame:
-    """One row a run: identity, N, D, H, recipe, epochs over the corpus and estimated time."""
+    """One row a run: identity, N, D, H, recipe, trunk if it shares one, epochs over the corpus and estimated time."""
     rows = []
+    shared = {trunk.trunk_id for trunk in find_trunks(runs)}
     for run in runs:
         rows.append(
             {
@@ -326,6 +434,7 @@ def plan_table(runs: Sequence[RunSpec], config: DictConfig, corpus_tokens: float
                 "tokens_per_param": run.num_tokens / run.num_params,
                 "global_batch_size_sequences": run.batch_sequences,
                 "num_train_steps": run.num_train_steps,
+                "trunk_id": run.trunk_id if run.trunk_id in shared else None,
                 "learning_rate": run.learning_rate,
                 "seed": run.seed,
                 "compute_dtype": run.compute_dtype,

@@ -13,6 +13,7 @@ from typing import Any
 
 from xlstm_scaling.corpus import CorpusError, source_files
 from xlstm_scaling.corpus.tokenizer import tokenizer_files
+from xlstm_scaling.evaluation.selection import evaluated_runs
 from xlstm_scaling.figures.registry import FIGURES
 from xlstm_scaling.figures.study import drawable_names, figure_outputs
 from xlstm_scaling.fitting.tables import COLUMNS
@@ -20,7 +21,7 @@ from xlstm_scaling.published.upstream import Upstream
 from xlstm_scaling.study.config import ConfigError, compose, conf_dir, is_published, normalise_overrides, to_dict
 from xlstm_scaling.study.files import digest
 from xlstm_scaling.study.paths import StudyPaths
-from xlstm_scaling.study.plan import RunSpec, benchmarked_runs, plan_runs
+from xlstm_scaling.study.plan import RunSpec, TrunkSpec, benchmarked_runs, find_trunks, plan_runs
 from xlstm_scaling.study.published import (
     INFERENCE_FILES,
     has_inference,
@@ -150,6 +151,11 @@ class WorkflowStudy:
         return [self.paths.inference / f"{name}.parquet" for name in names] if kept else []
 
     @property
+    def evaluation_files(self) -> list[Path]:
+        """The table of the stage `evaluate`; none of published runs, whose models are not at hand."""
+        return [] if self.published else [self.paths.evaluation / "length.parquet"]
+
+    @property
     def arguments(self) -> str:
         """The overrides and the results folder as shell words, for ``xlstm-scaling STAGE``."""
         return shlex.join(["--results", str(self.paths.results), *self.overrides])
@@ -158,6 +164,18 @@ class WorkflowStudy:
     def runs(self) -> dict[str, RunSpec]:
         """Run id -> run."""
         return {run.run_id: run for run in plan_runs(self.config)}
+
+    @cached_property
+    def trunks(self) -> dict[str, TrunkSpec]:
+        """Trunk id -> what some runs share."""
+        return {trunk.trunk_id: trunk for trunk in find_trunks(self.runs.values())}
+
+    def trunk_of(self, run_id: str) -> list[Path]:
+        """What the run waits for of its trunk, while it has no result; [] without a trunk."""
+        trunk = self.trunks.get(self.runs[run_id].trunk_id or "")
+        if trunk is None or self.result(run_id).exists():
+            return []
+        return [self.paths.trunks / trunk.trunk_id / f"{trunk.name}.json"]
 
     def result(self, run_id: str) -> Path:
         return self.paths.runs / run_id / "result.json"
@@ -193,9 +211,23 @@ class WorkflowStudy:
         """Trained runs that the inference stage measures."""
         return benchmarked_runs(self.config, list(self.runs.values()))
 
-    def estimated_time_s(self, run_id: str) -> float:
-        """Time of a run by the assumed speed of ``hardware.flops_per_s``."""
-        return self.runs[run_id].num_flops / self.config.hardware.flops_per_s
+    @property
+    def evaluated_runs(self) -> list[RunSpec]:
+        """Trained runs that the stage `evaluate` chooses from."""
+        return evaluated_runs(self.config, list(self.runs.values()))
+
+    def estimated_time_s(self, name: str) -> float:
+        """Time of a run, or a trunk, by the assumed speed of ``hardware.flops_per_s``."""
+        return self._times[name]
+
+    @cached_property
+    def _times(self) -> dict[str, float]:
+        speed = self.config.hardware.flops_per_s
+        times = {name: trunk.spec.num_flops / speed for name, trunk in self.trunks.items()}
+        for run_id, run in self.runs.items():
+            steps = run.cooldown_steps if run.trunk_id in self.trunks else run.num_train_steps
+            times[run_id] = steps * run.flops_per_step / speed
+        return times
 
     def prepare_environment(self) -> None:
         """Let the rules' commands come from the environment of this interpreter, and share one warm process."""

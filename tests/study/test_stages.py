@@ -73,9 +73,9 @@ def test_a_table_that_breaks_its_schema_is_refused(study, column, value, message
 
 
 def test_a_run_shared_by_two_studies_is_trained_once(study, tiny_config, tiny_tokens, monkeypatch):
-    from xlstm_scaling.training.trainer import Run
+    from xlstm_scaling.training.run import Run
 
-    monkeypatch.setattr(Run, "_train", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained again"))
     content, specs = stages.load_plan(study.plan / "plan.json")
     result = stages.train(specs[0], content["hardware"], tiny_tokens, progress=False)
     assert result["status"] == "ok"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,11 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from xlstm_scaling.models import LanguageModel
 from xlstm_scaling.study.errors import EXIT_PREEMPTED, Preempted
 from xlstm_scaling.study.plan import plan_runs
-from xlstm_scaling.training import trainer
 from xlstm_scaling.training.checkpoint import load_file
-from xlstm_scaling.training.trainer import Execution, Run, load_trained, train
+from xlstm_scaling.training.execution import Execution
+from xlstm_scaling.training.run import Run, train
+from xlstm_scaling.training.trainer import Trainer, load_trained
 from xlstm_scaling.warmstart import open_session
 
 QUIET = Execution(progress=False)
@@ -67,18 +70,14 @@ def test_a_run_learns_and_leaves_its_result(spec, uninterrupted):
 
 def test_the_trained_model_loads_and_has_the_loss(spec, tokens_folder, uninterrupted):
     folder, result = uninterrupted
-    run = Run(spec, tokens_folder, folder, QUIET)
-    run.model = load_trained(folder)
-    run.validation_split = run.dataset.split("validation")
-    run.windows = trainer.ValidationWindows(
-        run.validation_split.num_tokens, spec.context_length, spec.validation["max_tokens"]
-    )
-    assert run.validate() == result["val_loss"]
+    trainer = Trainer(spec, Run(spec, tokens_folder, folder, QUIET).dataset, QUIET)
+    trainer.model = load_trained(folder)
+    assert trainer.validate() == result["val_loss"]
 
 
 def test_a_finished_run_is_not_trained_again(spec, tokens_folder, uninterrupted, monkeypatch):
     folder, result = uninterrupted
-    monkeypatch.setattr(Run, "_train", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained again"))
     (folder / "result.json").unlink()  # what a workflow does before it starts a job
     assert train(spec, tokens_folder, folder, QUIET) == result
     assert (folder / "result.json").exists()
@@ -86,18 +85,18 @@ def test_a_finished_run_is_not_trained_again(spec, tokens_folder, uninterrupted,
 
 @pytest.mark.parametrize("stop_at", [1, 17, 41])
 def test_resume_equals_uninterrupted(spec, tokens_folder, uninterrupted, tmp_path, monkeypatch, stop_at):
-    original = Run._update
+    original = Trainer.update
 
-    def stopping(self):
+    def stopping(self, batch):
         if self.step == stop_at:
-            self.stop = True
-        return original(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
 
-    monkeypatch.setattr(Run, "_update", stopping)
-    with pytest.raises(Preempted, match="saved at step"):
+    monkeypatch.setattr(Trainer, "update", stopping)
+    with pytest.raises(Preempted, match=f"saved at step {stop_at + 1}"):
         train(spec, tokens_folder, tmp_path, QUIET)
     assert not (tmp_path / "result.json").exists()
-    monkeypatch.setattr(Run, "_update", original)
+    monkeypatch.setattr(Trainer, "update", original)
     result = train(spec, tokens_folder, tmp_path, QUIET)
     assert result["val_loss"] == uninterrupted[1]["val_loss"]
     assert_same(tmp_path, uninterrupted[0])
@@ -105,21 +104,21 @@ def test_resume_equals_uninterrupted(spec, tokens_folder, uninterrupted, tmp_pat
 
 def test_killed_between_checkpoints(spec, tokens_folder, uninterrupted, tmp_path, monkeypatch):
     """A run that dies like from SIGKILL goes on from its last checkpoint, also where the newest one is damaged."""
-    original = Run._update
+    original = Trainer.update
 
-    def dying(self):
+    def dying(self, batch):
         if self.step == 30:
             raise KeyboardInterrupt
-        return original(self)
+        return original(self, batch)
 
-    monkeypatch.setattr(Run, "_update", dying)
+    monkeypatch.setattr(Trainer, "update", dying)
     with pytest.raises(KeyboardInterrupt):
         train(spec, tokens_folder, tmp_path, replace(QUIET, checkpoint_interval_s=0.0))
     newest = max((tmp_path / "checkpoints").iterdir(), key=lambda p: int(p.stem.split("-")[1]))
     newest.write_bytes(newest.read_bytes()[:-7])
     with (tmp_path / "history.jsonl").open("a") as history:
         history.write('{"step": 31, "torn')
-    monkeypatch.setattr(Run, "_update", original)
+    monkeypatch.setattr(Trainer, "update", original)
     train(spec, tokens_folder, tmp_path, QUIET)
     assert_same(tmp_path, uninterrupted[0])
 
@@ -159,28 +158,46 @@ def test_micro_batches_change_rounding_only(spec, tokens_folder, uninterrupted, 
     assert result["val_loss"] == pytest.approx(uninterrupted[1]["val_loss"], rel=1e-3)
 
 
-def test_a_nan_loss_marks_the_run_as_diverged(spec, tokens_folder, tmp_path, monkeypatch):
-    original = trainer.LanguageModel.loss
+def poison(monkeypatch, steps, factor):
+    """Multiply the loss of these training steps."""
+    original = LanguageModel.loss
+    calls = iter(range(10**9))
 
     def poisoned(self, *args):
         loss = original(self, *args)
-        poisoned.calls += 1
-        return loss * math.nan if poisoned.calls == 9 else loss
+        return loss * factor if torch.is_grad_enabled() and next(calls) in steps else loss
 
-    poisoned.calls = 0
-    monkeypatch.setattr(trainer.LanguageModel, "loss", poisoned)
+    monkeypatch.setattr(LanguageModel, "loss", poisoned)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 4.0])
+def test_a_bad_step_is_skipped_and_counted(spec, tokens_folder, tmp_path, monkeypatch, uninterrupted, factor):
+    poison(monkeypatch, {8, 20, 21}, factor)
+    result = train(spec, tokens_folder, tmp_path, QUIET)
+    assert result["status"] == "ok"
+    assert result["skipped_steps"] == 3
+    assert result["steps_done"] == spec.num_train_steps
+    assert result["val_loss"] == pytest.approx(uninterrupted[1]["val_loss"], rel=0.15)
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert history[-1]["skipped_steps"] == 3
+    assert all(entry["train_loss"] is None or entry["train_loss"] < 6 for entry in history)
+
+
+def test_losses_that_stay_nan_mark_the_run_as_diverged(spec, tokens_folder, tmp_path, monkeypatch):
+    poison(monkeypatch, range(8, 1000), math.nan)
     result = train(spec, tokens_folder, tmp_path, QUIET)
     assert result["status"] == "diverged"
-    assert "loss nan" in result["detail"]
-    assert "step 8" in result["detail"]
+    assert "6 steps in a row" in result["detail"]
+    assert "step 13" in result["detail"]
+    assert result["steps_done"] < spec.num_train_steps
     assert math.isnan(result["val_loss"])
 
 
 def test_a_runaway_loss_marks_the_run_as_diverged(spec, tokens_folder, tmp_path):
-    wild = replace(spec, learning_rate=30.0, warmup_steps=0, divergence_loss_factor=1.05)
+    wild = replace(spec, learning_rate=30.0, warmup_steps=0, guard=spec.guard | {"loss_factor": 1.05})
     result = train(wild, tokens_folder, tmp_path, QUIET)
     assert result["status"] == "diverged"
-    assert "times its start" in result["detail"] or "nan" in result["detail"]
+    assert "times its start" in result["detail"] or "skipped" in result["detail"]
 
 
 def test_truncated_shard_is_refused(spec, tokens_folder, tmp_path):
@@ -210,7 +227,6 @@ def test_other_tokens_are_another_run(spec, tokens_folder, tmp_path, uninterrupt
 
 def test_sigterm_saves_and_exits_with_its_code(tiny_config, tiny_tokens, tmp_path):
     """A long run as a process: SIGTERM -> checkpoint and exit status 85; started again it goes on."""
-    import signal
     import time
     from dataclasses import asdict
 

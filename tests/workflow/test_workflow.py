@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,12 +31,10 @@ def planned(text):
     return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", text, re.M) if name != "total"}
 
 
-def test_the_papers_study_dry_runs_in_seconds(tmp_path):
-    start = time.monotonic()
+def test_the_papers_study_dry_runs(tmp_path):
     jobs = planned(snakemake("-n", "--config", "study=paper", cwd=tmp_path))
     assert jobs["train_run"] == 640
     assert jobs["certify"] == 1
-    assert time.monotonic() - start < 10
 
 
 def test_every_stage_is_a_target(tmp_path):

@@ -5,6 +5,34 @@ rule train:
     localrule: True
 
 
+if study.trunks:
+
+    rule train_trunk:
+        """What runs share that differ in length alone, kept where each branches off."""
+        input:
+            plan=rules.plan.output.plan,
+            certificate=rules.certify.output.certificate,
+            tokens=paths.tokens / "meta.json",
+        output:
+            branches=paths.trunks / "{trunk}" / "{branches}.json",
+        log:
+            LOGS / "trunks" / "{trunk}-{branches}.log",
+        benchmark:
+            LOGS / "trunks" / "{trunk}-{branches}.tsv"
+        conda:
+            "../envs/xlstm-scaling.yaml"
+        threads: study.config.hardware.threads_per_run
+        resources:
+            mem_mb=1500,
+            runtime=lambda wildcards: max(10, round(3 * study.estimated_time_s(wildcards.trunk) / 60)),
+        params:
+            results=paths.results,
+        message:
+            "training {wildcards.trunk}"
+        shell:
+            "xlstm-scaling train --results {params.results} --plan {input.plan} --trunk {wildcards.trunk} 2> {log} >&2"
+
+
 rule train_run:
     """One run; its folder's name carries the digest of all that determines its loss."""
     input:
@@ -13,6 +41,7 @@ rule train_run:
         plan=lambda wildcards: study.for_run(wildcards.run, rules.plan.output.plan, ancient),
         certificate=lambda wildcards: study.for_run(wildcards.run, rules.certify.output.certificate, ancient),
         tokens=paths.tokens / "meta.json",
+        trunk=lambda wildcards: study.trunk_of(wildcards.run),
     output:
         result=paths.runs / "{run}" / "result.json",
     log:
