@@ -10,6 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xlstm_scaling.study.status import StudyStatus
 
 EPILOG = """stages, in order:
   tokens     text -> tokens                      plan       grid -> plan of runs
@@ -44,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     stage("config", "print the resolved configuration")
-    stage("tokens", "text -> tokenizer and token shards")
+    tokens = stage("tokens", "text -> tokenizer and token shards (resumes by itself)")
+    tokens.add_argument("--workers", type=int, metavar="N", help="processes side by side (default: the CPUs there are)")
+    tokens.add_argument("--part", metavar="I/N", help="make share I of N only, I = 1 ... N; without it, all are merged")
     stage("plan", "the study's grid -> the plan of runs")
     train = stage("train", "train one run of the plan (resumes by itself)")
     train.add_argument("--run", help="run id, or a part of it that only one run has")
@@ -52,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--all", action="store_true", help="train all runs of the plan, one after the other")
     train.add_argument("--uncertified", action="store_true", help="train with kernels that no certificate covers")
     train.add_argument("--plan", type=Path, help="a plan.json to take the run from, instead of overrides")
-    stage("status", "state of every run of the plan")
+    status = stage("status", "a study at a glance: done, running, failed, diverged, tokens/s, time left")
+    status.add_argument("--all", action="store_true", help="list finished and pending runs too")
+    status.add_argument("--json", action="store_true", help="print JSON")
     stage("runs", "results of all runs -> the table of runs")
     text = "fetch the paper's published files, checked by their ids (runs=published)"
     stage("download", text).add_argument("--only", nargs="+", metavar="NAME", help="fetch these files only")
@@ -192,7 +200,7 @@ def _stage(args: argparse.Namespace) -> int:
         return 0
     paths = StudyPaths.of(config, args.results)
     if args.command == "tokens":
-        stages.tokens(config, paths, progress)
+        stages.tokens(config, paths, progress, args.workers, args.part)
     elif args.command == "plan":
         from xlstm_scaling.study.plan import find_trunks, plan_runs
 
@@ -214,9 +222,7 @@ def _stage(args: argparse.Namespace) -> int:
 
         return _train(args, plan_runs(config), to_dict(config.hardware), progress)
     elif args.command == "status":
-        table = stages.status(config, paths)
-        print(table.to_string(index=False))
-        print(table.state.value_counts().to_string())
+        return _status(args, stages.status(config, paths), args.results)
     elif args.command == "runs":
         stages.runs(paths)
     elif args.command == "download":
@@ -232,6 +238,27 @@ def _stage(args: argparse.Namespace) -> int:
             print(f"- {row.statement}")
     elif args.command == "figures":
         stages.figures(config, paths, args.only, progress)
+    return 0
+
+
+def _status(args: argparse.Namespace, status: StudyStatus, results: Path) -> int:
+    table = status.runs
+    if args.json:
+        counts = table.state.value_counts().to_dict()
+        shares = {"flops_done": status.flops_done, "flops_planned": status.flops_planned}
+        runs = json.loads(table.to_json(orient="records"))
+        print(json.dumps({"states": counts, **shares, "seconds_left": status.seconds_left, "runs": runs}))
+        return 0
+    print(status.summary())
+    shown = table if args.all else table[~table.state.isin(["ok", "pending"])]
+    if len(shown):
+        columns = ["run_id", "state", "step", "steps", "loss", "tokens_per_s"]
+        print()
+        print(shown[columns].to_string(index=False, na_rep="", float_format=lambda value: f"{value:,.4g}"))
+    for row in table[table.state.isin(["failed", "diverged"])].itertuples():
+        print(f"\n{row.run_id} {row.state}: {row.detail}")
+        if row.state == "failed":
+            print(f"  log: {results / 'logs' / 'runs' / row.run_id}.log")
     return 0
 
 

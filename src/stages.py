@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,16 +17,28 @@ from xlstm_scaling.study.paths import StudyPaths, certificate_path
 from xlstm_scaling.study.plan import PlanError, RunSpec, TrunkSpec, plan_runs, plan_table, plan_warnings
 
 if TYPE_CHECKING:
+    from xlstm_scaling.study.status import StudyStatus
     from xlstm_scaling.training.execution import Execution
 
 log = logging.getLogger(__name__)
 
 
-def tokens(config: DictConfig, paths: StudyPaths, progress: bool = True) -> dict:
-    """Text -> tokens: ``tokens/<id>/meta.json`` and the shards beside it."""
-    from xlstm_scaling.corpus.build import build_tokens
+def tokens(
+    config: DictConfig, paths: StudyPaths, progress: bool = True, workers: int | None = None, part: str | None = None
+) -> dict:
+    """Text -> tokens: ``tokens/<id>/meta.json``, whose content is returned, and the shards beside it.
 
-    meta = build_tokens(to_dict(config.corpus), to_dict(config.tokenizer), paths.tokens, progress)
+    workers: processes side by side, default the CPUs there are; part: "I/N" makes that share of the parts only, for
+    one job of an array; without it what is missing is made, all is merged, and the parts go.
+    """
+    from xlstm_scaling.corpus.build import build_part, build_tokens
+
+    corpus, tokenizer = to_dict(config.corpus), to_dict(config.tokenizer)
+    if part is not None:
+        count = build_part(corpus, tokenizer, paths.tokens, part, progress, workers)
+        log.info("%s: share %s, %d parts; when all are there, run `tokens` without --part", paths.tokens, part, count)
+        return {}
+    meta = build_tokens(corpus, tokenizer, paths.tokens, progress, workers)
     write_resolved(config, paths.tokens / "config.yaml", ["corpus", "tokenizer"])
     train = meta["splits"]["train"]
     log.info("%s: %s training tokens, vocabulary %d", paths.tokens, f"{train['num_tokens']:,}", meta["vocab_size"])
@@ -253,6 +264,8 @@ def evaluate(config: DictConfig, paths: StudyPaths, progress: bool = True) -> pd
     ``evaluation/length.parquet``."""
     from functools import partial
 
+    import torch
+
     from xlstm_scaling.corpus import TokenDataset
     from xlstm_scaling.evaluation.length import EvaluatedRun, length_table
     from xlstm_scaling.evaluation.selection import best_runs, evaluated_runs
@@ -272,6 +285,7 @@ def evaluate(config: DictConfig, paths: StudyPaths, progress: bool = True) -> pd
             raise FileNotFoundError(f"no trained model in {path.parent}: run the stage `train` first")
         results[run.run_id] = read_json(path)
     keep_freed_memory()
+    torch.set_num_threads(config.hardware.threads_per_run)
     runs = []
     for run in best_runs(candidates, results, settings["num_runs"]):
         about = {"arch": run.arch, "run_id": run.run_id, "isoflop_tag": run.isoflop_tag, "num_params": run.num_params}
@@ -315,21 +329,8 @@ def findings(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
     return table
 
 
-def status(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
-    """State of every run of the plan: finished, in progress with its step, or pending."""
-    rows = []
-    for run in plan_runs(config):
-        folder = paths.runs / run.run_id
-        row = {"run_id": run.run_id, "state": "pending", "step": 0, "steps": run.num_train_steps, "loss": None}
-        history = folder / "history.jsonl"
-        if (folder / "result.json").is_file():
-            result = read_json(folder / "result.json")
-            row |= {"state": result["status"], "step": result["steps_done"], "loss": result["val_loss"]}
-        elif history.is_file() and (lines := history.read_text().splitlines()):
-            try:
-                entry = json.loads(lines[-1])
-                row |= {"state": "started", "step": entry["step"], "loss": entry["train_loss"]}
-            except json.JSONDecodeError:
-                row["state"] = "started"
-        rows.append(row)
-    return pd.DataFrame(rows)
+def status(config: DictConfig, paths: StudyPaths) -> StudyStatus:
+    """Where a study stands: the state of every run of the plan, and the time left."""
+    from xlstm_scaling.study.status import study_status
+
+    return study_status(plan_runs(config), paths.runs, config.hardware.flops_per_s)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xlstm_scaling.accounting import ModelShape
 from xlstm_scaling.kernels.cross_entropy import soft_cap
-from xlstm_scaling.models.layers import Linear, RMSNorm, fast, small_init_
+from xlstm_scaling.models.layers import NORM_EPS, Linear, RMSNorm, fast, small_init_
 
 LOGIT_CAP = 30.0
 #: an operation of ``kernels``, and the form (None = the fastest) and backend that are asked for
@@ -47,11 +50,13 @@ class LanguageModel(nn.Module):
     """Token ids in, losses or logits out. ``shape`` fixes every dimension.
 
     ``compute_dtype``: dtype of activations and matrix products; parameters are fp32 master weights.
-    ``options``: of the blocks.
+    ``norm_eps``: of every norm. ``options``: of the blocks.
     """
 
     #: the block of this architecture
     block: type[Block]
+    #: keep only the inputs of blocks for the backward pass, which computes the rest again (Chen et al., 2016)
+    activation_checkpointing = False
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class LanguageModel(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         logit_cap: float | None = LOGIT_CAP,
         seed: int | None = None,
+        norm_eps: float = NORM_EPS,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -66,8 +72,8 @@ class LanguageModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.logit_cap = logit_cap
         self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
-        self.blocks = nn.ModuleList(self.block(shape, **options) for _ in range(shape.num_blocks))
-        self.norm = RMSNorm(shape.embedding_dim)
+        self.blocks = nn.ModuleList(self.block(shape, norm_eps=norm_eps, **options) for _ in range(shape.num_blocks))
+        self.norm = RMSNorm(shape.embedding_dim, norm_eps)
         self.head = Linear(shape.embedding_dim, shape.vocab_size)
         self.reset_parameters(seed)
 
@@ -77,13 +83,19 @@ class LanguageModel(nn.Module):
         own: list[Operation] = [("rms_norm", None, "auto"), ("linear_cross_entropy", None, "auto")]
         return list(dict.fromkeys([*cls.block.operations(**options), *own]))
 
-    def reset_parameters(self, seed: int | None = None) -> None:
-        """Initialise all parameters from ``seed`` alone (from the global generator where it is None)."""
+    def reset_parameters(
+        self, seed: int | None = None, around: Callable[[Block], AbstractContextManager] = nullcontext
+    ) -> None:
+        """Initialise all parameters from ``seed`` alone (from the global generator where it is None).
+
+        ``around``: entered for each block while it is initialised, one after the other.
+        """
         generator = None if seed is None else torch.Generator(device=self.head.weight.device).manual_seed(seed)
         small_init_(self.embedding.weight, self.shape.embedding_dim, generator)
         small_init_(self.head.weight, self.shape.embedding_dim, generator)
         for block in self.blocks:
-            block.reset_parameters(self.shape.num_blocks, generator)
+            with around(block):
+                block.reset_parameters(self.shape.num_blocks, generator)
 
     def compile_blocks(self, cache: Path) -> None:
         """Compile every block with torch.compile for the shapes it meets; ``cache`` is shared by processes.
@@ -107,8 +119,12 @@ class LanguageModel(nn.Module):
         """tokens (B, T) int64 -> normed hidden (B, T, d), list of block states (None without ``state``)."""
         x = self.embedding(tokens).to(self.compute_dtype)
         states = []
+        again = self.activation_checkpointing and state is None and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            x, block_state = block(x, document_starts, None if state is None else state[index])
+            if again:
+                x, block_state = checkpoint(block, x, document_starts, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, block_state = block(x, document_starts, None if state is None else state[index])
             states.append(block_state)
         return self.norm(x), states
 

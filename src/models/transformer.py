@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xlstm_scaling.accounting import ModelShape
 from xlstm_scaling.models.language_model import Block, LanguageModel, Operation
-from xlstm_scaling.models.layers import GatedFeedForward, Linear, RMSNorm, small_init_, wang_init_
+from xlstm_scaling.models.layers import NORM_EPS, GatedFeedForward, Linear, RMSNorm, small_init_, wang_init_
 
 ROPE_THETA = 500_000.0
 RESIDUAL_SCALE = 0.5  # of the wang init
@@ -87,11 +87,11 @@ class TransformerBlock(Block):
     def operations(cls, **options: Any) -> list[Operation]:
         return [("rms_norm", None, "auto"), ("gated_silu", None, "auto")]
 
-    def __init__(self, shape: ModelShape, rope_theta: float = ROPE_THETA) -> None:
+    def __init__(self, shape: ModelShape, rope_theta: float = ROPE_THETA, norm_eps: float = NORM_EPS) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(shape.embedding_dim)
+        self.attention_norm = RMSNorm(shape.embedding_dim, norm_eps)
         self.attention = Attention(shape, rope_theta)
-        self.ffn_norm = RMSNorm(shape.embedding_dim)
+        self.ffn_norm = RMSNorm(shape.embedding_dim, norm_eps)
         self.ffn = GatedFeedForward(shape.embedding_dim, shape.ffn_dim)
 
     def forward(

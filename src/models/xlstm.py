@@ -13,7 +13,15 @@ from xlstm_scaling.kernels import select
 from xlstm_scaling.kernels.cross_entropy import soft_cap
 from xlstm_scaling.kernels.mlstm.state import RESET_FORGET, MLSTMState, state_dtype
 from xlstm_scaling.models.language_model import Block, LanguageModel, Operation
-from xlstm_scaling.models.layers import GatedFeedForward, HeadNormGate, Linear, RMSNorm, small_init_, wang_init_
+from xlstm_scaling.models.layers import (
+    NORM_EPS,
+    GatedFeedForward,
+    HeadNormGate,
+    Linear,
+    RMSNorm,
+    small_init_,
+    wang_init_,
+)
 
 GATE_CAP = 15.0
 FORGET_BIAS = (3.0, 6.0)  # linspace over the heads
@@ -32,6 +40,7 @@ class MLSTMLayer(nn.Module):
         kernel_backend: str,
         kernel_chunk_size: int | None,
         input_gate_bias: float,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         self.heads, self.d_qk, self.d_v = shape.num_heads, shape.head_dim_qk, shape.head_dim_v
@@ -40,7 +49,7 @@ class MLSTMLayer(nn.Module):
         self.qkv = Linear(d, sum(self.splits))
         self.output_gate = Linear(d, width)
         self.gates = Linear(d, 2 * self.heads, bias=True)
-        self.norm = HeadNormGate(self.heads, self.d_v)
+        self.norm = HeadNormGate(self.heads, self.d_v, norm_eps)
         self.out = Linear(width, d)
         self.input_gate_bias = input_gate_bias
         self.form, self.backend = kernel_form, kernel_backend
@@ -105,11 +114,12 @@ class XLSTMBlock(Block):
         kernel_backend: str = KERNEL_BACKEND,
         kernel_chunk_size: int | None = None,
         input_gate_bias: float = INPUT_BIAS,
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        self.mlstm_norm = RMSNorm(shape.embedding_dim)
-        self.mlstm = MLSTMLayer(shape, kernel_form, kernel_backend, kernel_chunk_size, input_gate_bias)
-        self.ffn_norm = RMSNorm(shape.embedding_dim)
+        self.mlstm_norm = RMSNorm(shape.embedding_dim, norm_eps)
+        self.mlstm = MLSTMLayer(shape, kernel_form, kernel_backend, kernel_chunk_size, input_gate_bias, norm_eps)
+        self.ffn_norm = RMSNorm(shape.embedding_dim, norm_eps)
         self.ffn = GatedFeedForward(shape.embedding_dim, shape.ffn_dim)
 
     def forward(

@@ -142,6 +142,7 @@ class GuardConfig:
     spike_factor: float = 1.5
     max_consecutive: int = 5
     max_skipped: int = 20
+    max_skipped_share: float = 0.01
     loss_factor: float = 1.5
 
 

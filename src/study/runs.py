@@ -35,7 +35,7 @@ RESULT_KEYS = (
 
 
 #: what it takes where a result has it: older ones do not, nor do published runs
-OPTIONAL_RESULT_KEYS = ("kernel_certificate",)
+OPTIONAL_RESULT_KEYS = ("kernel_certificate", "skipped_steps")
 
 
 #: counts that a published run may lack and a run trained here never does (docs/published.md)
@@ -132,7 +132,7 @@ def curves_table(specs: Sequence[RunSpec], runs_folder: Path) -> pd.DataFrame:
         curve = pd.read_json(path, lines=True)
         if curve.empty:
             continue
-        curve = curve.reindex(columns=CURVE_VALUES).astype("float64")
+        curve = curve.reindex(columns=CURVE_VALUES).astype("float64").dropna(subset="train_loss")
         keys = {
             "run_id": spec.run_id,
             "arch": spec.arch,

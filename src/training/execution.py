@@ -11,12 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class Execution:
-    """``threads``: of the CPU. ``peak_flops``: that MFU is relative to, None = measured.
+    """``threads``: of the CPU. ``peak_flops``: of a device, that MFU is relative to, None = measured.
 
     ``micro_batch_sequences``: sequences in memory at once, None = all. ``prefetch_batches``: prepared ahead.
     ``certificate``: that must cover the kernels of the run. ``compile_cache``: where torch.compile keeps what it made,
-    for other runs too; None = no compiling. ``trackers``: tensorboard, wandb. ``trunk``: the folder of what the run
-    shares with longer and shorter ones, None = nothing.
+    for other runs too; None = no compiling. ``shard``: none, full, or devices over which parameters are sharded.
+    ``activation_checkpointing``: keep only the inputs of blocks for the backward pass. ``trackers``: tensorboard,
+    wandb. ``trunk``: the folder of what the run shares with longer and shorter ones, None = nothing.
     """
 
     device: str = "cpu"
@@ -29,6 +30,8 @@ class Execution:
     certificate: Path | None = None
     compile_cache: Path | None = None
     trackers: tuple[str, ...] = ()
+    shard: str | int = "none"
+    activation_checkpointing: bool = False
     trunk: Path | None = None
 
 

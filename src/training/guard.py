@@ -19,13 +19,15 @@ class GuardRule:
 
     A step is skipped if its loss or gradient norm is not finite, or if its loss is above ``spike_factor`` times the
     running mean: an isolated bad batch. After ``max_consecutive`` spikes in a row the loss is where the model now is,
-    and training goes on. A run has diverged after ``max_skipped`` skipped steps, after ``max_consecutive`` steps in a
-    row that were not finite, or once the running mean is above ``loss_factor`` times the first loss.
+    and training goes on. A run has diverged after more than ``max_consecutive`` steps in a row that were not finite,
+    after more than ``max_skipped`` skipped steps that are also more than ``max_skipped_share`` of all so far, or once
+    the running mean is above ``loss_factor`` times the first loss.
     """
 
     spike_factor: float = 1.5
     max_consecutive: int = 5
     max_skipped: int = 20
+    max_skipped_share: float = 0.01
     loss_factor: float = 1.5
 
 
@@ -70,7 +72,7 @@ class LossGuard:
         self.last_reason = reason
         if self.non_finite_in_a_row > self.rule.max_consecutive:
             raise Diverged(f"{self.non_finite_in_a_row} steps in a row were not finite; the last: {reason}")
-        if self.skipped_steps > self.rule.max_skipped:
+        if self.skipped_steps > max(self.rule.max_skipped, self.rule.max_skipped_share * step):
             raise Diverged(f"{self.skipped_steps} steps were skipped; the last: {reason}")
         return False
 

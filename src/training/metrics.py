@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from xlstm_scaling.study.files import write_text_atomic
+from xlstm_scaling.study.files import full_disk_named, write_text_atomic
 
 #: entries of the curve, more where that would be more than MAX_LOG_INTERVAL steps apart
 LOG_ENTRIES = 100
@@ -127,13 +128,15 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stream.close()
+        with contextlib.suppress(OSError):  # closing flushes, and the disk may be full: that was said already
+            self.stream.close()
         for tracker in self.trackers:
             tracker.close()
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """One entry; its ``step`` orders them."""
-        self.stream.write(json.dumps(entry) + "\n")
-        self.stream.flush()
+        with full_disk_named(self.path):
+            self.stream.write(json.dumps(entry) + "\n")
+            self.stream.flush()
         for tracker in self.trackers:
             tracker.log(entry)

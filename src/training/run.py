@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,49 +25,72 @@ from xlstm_scaling.study.files import DiskFullError, digest, write_json_atomic
 from xlstm_scaling.study.machine import keep_freed_memory
 from xlstm_scaling.study.plan import RunSpec
 from xlstm_scaling.training.branch import load_branch
-from xlstm_scaling.training.checkpoint import CheckpointFolder, load_file, save_file
+from xlstm_scaling.training.checkpoint import load_file, save_file
 from xlstm_scaling.training.execution import Execution, measure_peak_flops
 from xlstm_scaling.training.guard import Diverged
 from xlstm_scaling.training.metrics import MetricsLog, check_trackers, log_interval, read_history, write_history
+from xlstm_scaling.training.parallel import Parallel, ParallelError
 from xlstm_scaling.training.prefetch import prefetched
+from xlstm_scaling.training.sharded import Checkpoints, whole_state
 from xlstm_scaling.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 #: tokens up to this size are read and compared with their digest before a run; larger ones by their size alone
 DIGEST_CHECK_BYTES = 2**28
+#: how long process 0 waits for a run's lock before it tells the others that it still does [s]
+LOCK_WAIT_S = 10.0
 
 
 class Run:
     """A training run in its folder: ``spec.json``, ``history.jsonl``, ``checkpoints/``, ``final.ckpt``,
-    ``result.json``."""
+    ``result.json``. Under torchrun all processes execute it together, and process 0 writes."""
 
     def __init__(self, spec: RunSpec, tokens_folder: Path, folder: Path, execution: Execution) -> None:
         self.spec, self.folder, self.execution = spec, Path(folder), execution
         check_trackers(execution.trackers)
+        self.parallel = Parallel.start(execution.device, execution.shard)
+        if self.parallel.world > 1 and execution.compile_cache is not None:
+            raise ParallelError("hardware.compile is for one device; set hardware.compile=false")
         size = sum(path.stat().st_size for path in Path(tokens_folder).glob("*.bin"))
         self.dataset = TokenDataset.open(tokens_folder, verify="digest" if size <= DIGEST_CHECK_BYTES else "size")
         self.identity = digest({"spec": spec.identity(), "tokens": self.dataset.digest})
-        self.checkpoints = CheckpointFolder(self.folder / "checkpoints")
+        self.parallel.require_same("what determines the run (its plan and its tokens)", self.identity)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.parallel)
         self.stop = False
         self.keep_steps: frozenset[int] = frozenset()
 
     def execute(self) -> dict:
         """Train to the end, or return the result there is. Raises Preempted, CorpusError, DiskFullError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s is being trained by another process; waiting for it", self.spec.run_id)
-            lock.acquire()
-        try:
-            finished = self.finished_result()
+        with self._locked():
+            finished = self.parallel.share(self.finished_result() if self.parallel.leader else None)
             if finished is not None:
                 log.info("%s was trained before; nothing to do", self.spec.run_id)
                 return finished
-            write_json_atomic(self.folder / "spec.json", asdict(self.spec))
+            if self.parallel.leader:
+                for leftover in self.folder.rglob(".*.tmp"):  # a killed process was writing
+                    leftover.unlink(missing_ok=True)
+                write_json_atomic(self.folder / "spec.json", asdict(self.spec))
             return self.train()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other run in this folder; the others wait with process 0, and hear of it."""
+        lock = FileLock(self.folder / ".lock")
+        timeout = 0.0
+        while True:
+            if self.parallel.leader:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire(timeout=timeout)
+                except Timeout:
+                    if not timeout:
+                        log.info("%s is being trained by another process; waiting for it", self.spec.run_id)
+            timeout = LOCK_WAIT_S
+            if self.parallel.share(lock.is_locked):
+                break
+        try:
+            yield
         finally:
             lock.release()
 
@@ -89,11 +114,12 @@ class Run:
         keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written; filling costs time
-        self.trainer = Trainer(spec, self.dataset, execution)
+        self.trainer = Trainer(spec, self.dataset, execution, self.parallel)
         if execution.compile_cache is not None:
             log.warning("blocks are compiled: their norms and gates are the compiler's, which no certificate covers")
             self.trainer.model.compile_blocks(execution.compile_cache)
-        self.peak_flops = execution.peak_flops or measure_peak_flops(self.trainer.model.compute_dtype, execution.device)
+        peak = execution.peak_flops or measure_peak_flops(self.trainer.model.compute_dtype, execution.device)
+        self.peak_flops = self.parallel.share(peak) * self.parallel.world
         self.losses: list[float] = []  # since the last entry of the training curve
         self.seconds = 0.0
         content = self.latest()
@@ -118,7 +144,7 @@ class Run:
             content = load_branch(trunk, self.spec, self.dataset)
             if content is None:
                 log.warning("%s has no trunk in %s: from the start", self.spec.run_id, trunk)
-            else:
+            elif self.parallel.leader:
                 write_history(self.folder / "history.jsonl", read_history(trunk / "history.jsonl"))
         return content
 
@@ -128,28 +154,39 @@ class Run:
         log.info("%s resumes at step %d of %d", self.spec.run_id, self.trainer.step, self.spec.num_train_steps)
 
     def content(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return self.trainer.state() | {"identity": self.identity, "losses": self.losses, "seconds": self.seconds}
+        """What a checkpoint of one process holds."""
+        return self.trainer.state() | self._plain()
+
+    def _plain(self) -> dict[str, Any]:
+        return {"identity": self.identity, "losses": self.losses, "seconds": self.seconds}
 
     def save(self) -> None:
         self.dataset.check_unchanged()
-        self.checkpoints.save(self.trainer.step, self.content())
+        trainer = self.trainer
+        if self.parallel.world == 1:
+            self.checkpoints.save(trainer.step, self.content())
+            return
+        plain = self._plain() | {"step": trainer.step, "guard": trainer.guard.state()}
+        self.checkpoints.save_sharded(trainer.step, trainer.model, trainer.optimizer, plain)
 
     def _loop(self) -> None:
         spec, trainer = self.spec, self.trainer
         interval = log_interval(spec.num_train_steps)
         every = max(1, math.ceil(spec.num_train_steps / spec.validation["evaluations"]))
-        last_save = time.monotonic()
+        self.last_save = time.monotonic()
+        trainer.votes = self._votes
         clock = _Clock()
         bar = tqdm(
             total=spec.num_train_steps,
             initial=trainer.step,
             desc=spec.run_id,
             unit="step",
-            disable=not self.execution.progress,
+            disable=not (self.execution.progress and self.parallel.leader),
             mininterval=1.0,
         )
-        metrics = MetricsLog(self.folder, spec.run_id, asdict(spec), trainer.step, self.execution.trackers)
+        metrics: MetricsLog | nullcontext = nullcontext()
+        if self.parallel.leader:
+            metrics = MetricsLog(self.folder, spec.run_id, asdict(spec), trainer.step, self.execution.trackers)
         batches = prefetched(trainer.batch, trainer.step, spec.num_train_steps, self.execution.prefetch_batches)
         with bar, metrics:
             for batch in batches:
@@ -164,26 +201,32 @@ class Run:
                 if trainer.step % interval == 0 or last:
                     validate = trainer.step % every < interval and not last
                     entry = self._entry(rate, norm, clock, trainer.validate() if validate else None)
-                    metrics.log(entry)
+                    if self.parallel.leader:
+                        metrics.log(entry)
                     bar.set_postfix(loss=f"{loss:.3f}", mfu=f"{entry['mfu']:.0%}", refresh=False)
                     clock.start()
                 if trainer.step in self.keep_steps:
                     self.keep()
-                due = time.monotonic() - last_save > self.execution.checkpoint_interval_s
-                if (due or self.stop) and not last:
+                stop, due = self._votes() if self.parallel.world == 1 else trainer.agreed
+                if (due or stop) and not last:
                     self.seconds += clock.elapsed()
-                    self._save_if_possible()
-                    last_save = time.monotonic()
+                    self._save_if_possible(stop)
+                    self.last_save = time.monotonic()
                     clock.start()
-                if self.stop and not last:
+                if stop and not last:
                     raise Preempted(f"{spec.run_id} saved at step {trainer.step}; run it again to go on")
 
-    def _save_if_possible(self) -> None:
+    def _votes(self) -> tuple[bool, bool]:
+        """Whether this process was asked to stop, and whether a checkpoint is due (by the clock of process 0)."""
+        due = time.monotonic() - self.last_save > self.execution.checkpoint_interval_s
+        return self.stop, due and self.parallel.leader
+
+    def _save_if_possible(self, stop: bool) -> None:
         """A full disk now need not be full at the end; a run that is asked to stop has to save."""
         try:
             self.save()
         except DiskFullError as error:
-            if self.stop:
+            if stop:
                 raise
             log.warning("%s; training goes on from memory, the last checkpoint is older", error)
 
@@ -239,15 +282,16 @@ class Run:
             "mfu": flops_per_s / self.peak_flops,
             "peak_flops": self.peak_flops,
             "threads": self.execution.threads,
+            "devices": self.parallel.world,
             "device": self.execution.device,
             **certified,
             "host_pid": os.getpid(),
             "torch_version": str(torch.__version__),
         }
-        save_file(
-            self.folder / "final.ckpt",
-            {"identity": self.identity, "model": trainer.model.state_dict(), "result": result},
-        )
+        result = self.parallel.share(result)
+        model = whole_state(trainer.model.state_dict(), self.parallel)
+        if self.parallel.leader:
+            save_file(self.folder / "final.ckpt", {"identity": self.identity, "model": model, "result": result})
         self.checkpoints.clear()
         return result
 
@@ -286,7 +330,24 @@ class _SigtermStops:
 
 def train(spec: RunSpec, tokens_folder: Path, folder: Path, execution: Execution | None = None) -> dict:
     """Train one run in ``folder`` (or find it trained) and write ``result.json``; returns the result."""
-    run = Run(spec, tokens_folder, folder, execution or Execution())
-    result = run.execute()
-    write_json_atomic(Path(folder) / "result.json", result)
+    with failure_recorded(Path(folder)):
+        run = Run(spec, tokens_folder, folder, execution or Execution())
+        result = run.execute()
+        if run.parallel.leader:
+            write_json_atomic(Path(folder) / "result.json", result)
     return result
+
+
+@contextmanager
+def failure_recorded(folder: Path) -> Iterator[None]:
+    """Leave the error that ends a run in ``failure.json``, for ``xlstm-scaling status``; an older one is removed."""
+    path = folder / "failure.json"
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except Preempted:
+        raise
+    except Exception as error:
+        with suppress(OSError):  # the disk may be full
+            write_json_atomic(path, {"error": str(error) or repr(error), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        raise

@@ -50,7 +50,9 @@ class Trunk(Run):
         return load_branch(self.folder, self.spec, self.dataset, first)
 
     def keep(self) -> None:
-        save_file(branch_path(self.folder, self.trainer.step), self.content())
+        content = self.content()
+        if self.parallel.leader:
+            save_file(branch_path(self.folder, self.trainer.step), content)
 
     def finish(self, status: str, detail: str, certified: dict) -> dict:
         self.checkpoints.clear()
@@ -65,6 +67,8 @@ class Trunk(Run):
 
 def train_trunk(trunk: TrunkSpec, tokens_folder: Path, folder: Path, execution: Execution | None = None) -> dict:
     """Train the shared part of some runs in ``folder`` (or find it trained) and write ``<name>.json``."""
-    result = Trunk(trunk, tokens_folder, folder, execution or Execution()).execute()
-    write_json_atomic(Path(folder) / f"{trunk.name}.json", result)
+    run = Trunk(trunk, tokens_folder, folder, execution or Execution())
+    result = run.execute()
+    if run.parallel.leader:
+        write_json_atomic(Path(folder) / f"{trunk.name}.json", result)
     return result

@@ -11,6 +11,7 @@ from xlstm_scaling.cli import run_command
 from xlstm_scaling.study.paths import StudyPaths
 from xlstm_scaling.study.plan import plan_runs
 from xlstm_scaling.study.runs import TableError, read_runs, validate_runs
+from xlstm_scaling.study.status import study_status
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +83,52 @@ def test_a_run_shared_by_two_studies_is_trained_once(study, tiny_config, tiny_to
 
 
 def test_status_of_a_study(study, tiny_config):
-    table = stages.status(tiny_config, study)
-    assert (table.state == "ok").all()
+    status = stages.status(tiny_config, study)
+    assert (status.runs.state == "ok").all()
+    assert status.flops_done == pytest.approx(status.flops_planned)
+    assert status.seconds_left == 0
+    assert f"{len(status.runs)} ok" in status.summary()
     elsewhere = StudyPaths(study.results / "nowhere", study.name, study.tokens_id)
-    assert (stages.status(tiny_config, elsewhere).state == "pending").all()
+    pending = stages.status(tiny_config, elsewhere)
+    assert (pending.runs.state == "pending").all()
+    assert pending.seconds_left == pytest.approx(pending.flops_planned / tiny_config.hardware.flops_per_s)
+
+
+def test_status_tells_running_failed_diverged_and_stopped_apart(study, tiny_config, tmp_path):
+    from filelock import FileLock
+
+    specs = plan_runs(tiny_config)[:5]
+    folders = [tmp_path / spec.run_id for spec in specs]
+    for folder in folders[:4]:
+        folder.mkdir()
+        entry = {"step": 3, "train_loss": 4.0, "tokens_per_s": 1000.0}
+        (folder / "history.jsonl").write_text(json.dumps(entry) + '\n{"step": 4, "to')
+    lost = {"status": "diverged", "val_loss": None, "tokens_per_s": 1000.0, "detail": "nan", "steps_done": 3}
+    (folders[1] / "result.json").write_text(json.dumps(lost))
+    (folders[2] / "failure.json").write_text(json.dumps({"error": "disk full"}))
+    with FileLock(folders[0] / ".lock"):
+        status = study_status(specs, tmp_path, 1e9)
+    assert list(status.runs.state) == ["running", "diverged", "failed", "stopped", "pending"]
+    assert list(status.runs.step) == [3, 3, 3, 3, 0]
+    assert status.runs.detail[2] == "disk full"
+    text = status.summary()
+    assert "1 running at 1,000 tokens/s" in text
+    assert "left with 1 at a time" in text
+    unfinished = [spec for spec, state in zip(specs, status.runs.state) if state != "diverged"]
+    rates = [1000.0 * spec.flops_per_step / spec.batch_sequences / spec.context_length for spec in specs[:4]]
+    left = sum(spec.num_flops for spec in unfinished) - 3 * sum(spec.flops_per_step for spec in (specs[0], *specs[2:4]))
+    assert min(rates) <= left / status.seconds_left <= max(rates)
+
+
+def test_a_failed_run_leaves_its_error(study, tiny_config, tiny_tokens, tmp_path):
+    from xlstm_scaling.training.run import train
+
+    spec = plan_runs(tiny_config)[0]
+    with pytest.raises(ValueError, match="There are no complete tokens"):
+        train(spec, tmp_path / "nowhere", tmp_path / spec.run_id)
+    status = study_status([spec], tmp_path, 1e9)
+    assert status.runs.state[0] == "failed"
+    assert "no complete tokens" in status.runs.detail[0]
 
 
 def test_missing_stages_say_what_to_run(tiny_config, tmp_path):

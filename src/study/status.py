@@ -1,0 +1,126 @@
+"""Where a study stands: done, running, failed, diverged; how fast, and how long still."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from xlstm_scaling.study.files import read_json
+from xlstm_scaling.study.plan import RunSpec
+
+#: what a run can be: finished (ok, diverged), at work, stopped with an error, interrupted, not begun
+STATES = ("ok", "running", "diverged", "failed", "stopped", "pending")
+#: a curve entry younger than this counts as a sign of life where locks do not tell (another machine's file system) [s]
+ALIVE_S = 300.0
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """``runs``: run_id, state, step, steps, loss, tokens_per_s, time left, detail; the rest over all runs."""
+
+    runs: pd.DataFrame
+    flops_done: float
+    flops_planned: float
+    seconds_left: float
+
+    def summary(self) -> str:
+        """The study at a glance."""
+        counts = self.runs["state"].value_counts()
+        states = ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
+        share = self.flops_done / self.flops_planned if self.flops_planned else 1.0
+        lines = [f"{len(self.runs)} runs: {states}", f"{share:.1%} of {self.flops_planned:.3g} FLOPs done"]
+        running = self.runs[self.runs["state"] == "running"]
+        if len(running):
+            lines.append(f"{len(running)} running at {running['tokens_per_s'].sum():,.0f} tokens/s together")
+        if share < 1 and math.isfinite(self.seconds_left):
+            side = max(1, len(running))
+            lines.append(f"about {_duration(self.seconds_left)} left with {side} at a time")
+        return "\n".join(lines)
+
+
+def study_status(specs: Sequence[RunSpec], runs_folder: Path, flops_per_s: float) -> StudyStatus:
+    """State of every run of a plan. ``flops_per_s``: assumed speed of a run where none has been measured yet."""
+    rows, done, speeds = [], 0.0, []
+    for spec in specs:
+        row = _run_status(spec, Path(runs_folder) / spec.run_id)
+        steps = spec.num_train_steps if row["state"] in ("ok", "diverged") else row["step"]
+        done += steps * spec.flops_per_step
+        if row["tokens_per_s"] and math.isfinite(row["tokens_per_s"]):
+            per_token = spec.flops_per_step / spec.batch_sequences / spec.context_length
+            speeds.append((row["tokens_per_s"] * per_token, steps * spec.flops_per_step))
+        rows.append(row)
+    # FLOP/s so far, each run counted by what it has done
+    spent = sum(flops / speed for speed, flops in speeds if speed)
+    speed = sum(flops for _, flops in speeds) / spent if spent else flops_per_s
+    planned = sum(spec.num_flops for spec in specs)
+    table = pd.DataFrame(rows)
+    left = [spec.num_flops - row["step"] * spec.flops_per_step for spec, row in zip(specs, rows)]
+    unfinished = ~table["state"].isin(["ok", "diverged"])
+    table["seconds_left"] = [seconds / speed for seconds in left] * unfinished
+    running = max(1, int((table["state"] == "running").sum()))
+    return StudyStatus(table, done, planned, float(table["seconds_left"].sum()) / running)
+
+
+def _run_status(spec: RunSpec, folder: Path) -> dict:
+    row = {
+        "run_id": spec.run_id, "state": "pending", "step": 0, "steps": spec.num_train_steps, "loss": None,
+        "tokens_per_s": None, "detail": "",
+    }  # fmt: skip
+    if (folder / "result.json").is_file():
+        result = read_json(folder / "result.json")
+        named = {"loss": "val_loss", "tokens_per_s": "tokens_per_s", "detail": "detail", "step": "steps_done"}
+        return row | {"state": result["status"]} | {name: result[key] for name, key in named.items()}
+    entry = _last_entry(folder / "history.jsonl")
+    if entry is not None:
+        row |= {"step": entry["step"], "loss": entry["train_loss"], "tokens_per_s": entry["tokens_per_s"]}
+    if _is_running(folder):
+        return row | {"state": "running"}
+    failure = folder / "failure.json"
+    if failure.is_file():
+        return row | {"state": "failed", "detail": read_json(failure)["error"]}
+    return row | {"state": "stopped"} if entry is not None else row
+
+
+def _last_entry(history: Path) -> Mapping | None:
+    """The last whole line of a training curve."""
+    if not history.is_file():
+        return None
+    for line in reversed(history.read_text().splitlines()):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue
+    return None
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether a process holds the run's lock, or wrote into its curve just now."""
+    path = folder / ".lock"
+    if not path.is_file():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # no locks on this file system, or not our file
+        history = folder / "history.jsonl"
+        return history.is_file() and time.time() - history.stat().st_mtime < ALIVE_S
+    lock.release()
+    return False
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h" if minutes < 2880 else f"{minutes / 1440:.1f} days"
