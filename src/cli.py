@@ -109,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         help="how FLOPs are counted (default: paper)",
     )  # fmt: skip
     count.add_argument("--json", action="store_true", help="print JSON")
+
+    from xlstm_scaling.accounting import memory_command
+
+    text = "memory of a device in training: what fits, item by item"
+    memory_command.add_memory_arguments(commands.add_parser("memory", help=text, description=text))
     return parser
 
 
@@ -137,6 +142,12 @@ def _count(args: argparse.Namespace) -> int:
         for name, value in counts.items():
             print(f"{name:24s} {value:,}")
     return 0
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from xlstm_scaling.accounting.memory_command import run_memory
+
+    return run_memory(args)
 
 
 def _certify(args: argparse.Namespace) -> int:
@@ -270,16 +281,19 @@ def _train(args: argparse.Namespace, specs: Sequence, hardware: dict, progress: 
     if [args.all, args.run is not None, args.trunk is not None].count(True) != 1:
         names = "\n  ".join(spec.run_id for spec in specs[:20])
         raise ConfigError(f"name a run with --run, or give --all; the plan has {len(specs)}:\n  {names}")
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun) one speaks
     trunks = {trunk.trunk_id: trunk for trunk in find_trunks(specs)}
     if args.trunk is not None and args.trunk not in trunks:
         raise ConfigError(f"no trunk {args.trunk!r} in the plan; there are: {', '.join(trunks) or 'none'}")
     for name in [args.trunk] if args.trunk is not None else trunks if args.all else []:
         result = stages.train_trunk(trunks[name], hardware, args.results, progress, args.uncertified)
-        print(f"{name}: {result['status']}, kept at steps {', '.join(map(str, result['steps']))}")
+        if leads:
+            print(f"{name}: {result['status']}, kept at steps {', '.join(map(str, result['steps']))}")
     chosen = specs if args.all else [stages.find_run(specs, args.run)] if args.run is not None else []
     for spec in chosen:
         result = stages.train(spec, hardware, args.results, progress, args.uncertified, trunks.get(spec.trunk_id or ""))
-        print(f"{spec.run_id}: {result['status']}, validation loss {result['val_loss']:.4f} nat/token")
+        if leads:
+            print(f"{spec.run_id}: {result['status']}, validation loss {result['val_loss']:.4f} nat/token")
     return 0
 
 
@@ -295,7 +309,7 @@ def run_command(argv: Sequence[str]) -> int:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}
     handlers |= {"ingest": _ingest, "fit-surface": _fit_surface, "claims": _claims}
-    handlers |= {"export": _export, "import": _import}
+    handlers |= {"export": _export, "import": _import, "memory": _memory}
     handler = handlers.get(args.command, _stage)
     try:
         return handler(args)
@@ -317,9 +331,10 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point; a run of a workflow is forked from a process that has imported torch already (warm start)."""
+    """Entry point; a run of a workflow is forked from a process that has imported torch already (warm start), unless
+    torchrun has started it."""
     argv = sys.argv[1:]
-    if argv and argv[0] == "train":
+    if argv and argv[0] == "train" and "WORLD_SIZE" not in os.environ:
         from xlstm_scaling.warmstart import run_warm
 
         status = run_warm(argv)

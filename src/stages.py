@@ -151,6 +151,8 @@ def _execution(
         checkpoint_interval_s=hardware["checkpoint_interval_s"],
         prefetch_batches=hardware["prefetch_batches"],
         trackers=tuple(hardware["trackers"]),
+        shard=hardware.get("shard", "none"),
+        activation_checkpointing=hardware.get("activation_checkpointing", False),
         progress=progress,
         certificate=None if uncertified else certificate_path(results, hardware.get("name", "auto")),
         compile_cache=Path(results) / "cache" / "compiled" if hardware.get("compile") else None,

@@ -1,10 +1,11 @@
 """The tokens stage: text -> documents split into train and validation -> tokenizer -> token shards."""
 
+import contextlib
 import hashlib
-import heapq
 import importlib.metadata
 import json
 import logging
+import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,21 @@ import numpy as np
 from tqdm import tqdm
 
 from .errors import CorpusError
+from .parts import FOLDER as PARTS
+from .parts import (
+    Part,
+    PartMaker,
+    Piece,
+    check_sources,
+    content_hashes,
+    find_tokenizer,
+    list_pieces,
+    make_parts,
+    remove_parts,
+    save_tokenizer,
+    settings_of_training,
+    text_key,
+)
 from .settings import CorpusSettings, TokenizerSettings
 from .shards import FORMAT_VERSION, TokensWriter, check_space, token_dtype
 from .sources import iter_documents, package_folder
@@ -48,17 +64,18 @@ def index_documents(settings: CorpusSettings, progress: bool = False) -> Documen
     one large document makes most of the text validation text.
     """
     digests, keys, sizes = bytearray(), array("Q"), array("Q")
-    seed = f"{settings.split_seed}:".encode()
     for document in _bar(iter_documents(settings), "reading", "document", progress):
         content = document.text.encode()
-        digest = hashlib.sha256(content).digest()
-        digests += digest[:16]
-        keys.append(int.from_bytes(hashlib.sha256(seed + digest).digest()[:8], "little"))
+        digest, key = content_hashes(content, settings.split_seed)
+        digests += digest
+        keys.append(key)
         sizes.append(len(content))
-    num_bytes = np.frombuffer(sizes, dtype=np.uint64)
-    keys = np.frombuffer(keys, dtype=np.uint64)
-    halves = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)  # (n, 2)
+    halves = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
+    return _index(settings, halves, np.frombuffer(keys, dtype=np.uint64), np.frombuffer(sizes, dtype=np.uint64))
 
+
+def _index(settings: CorpusSettings, halves: np.ndarray, keys: np.ndarray, num_bytes: np.ndarray) -> DocumentIndex:
+    """The index of documents from their content hashes, uint64 (n, 2), keys and sizes; errors as `index_documents`."""
     order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: the first of equal documents comes first
     repeats = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
     duplicate = np.zeros(len(order), dtype=bool)
@@ -88,40 +105,48 @@ def build_tokens(
     tokenizer_cfg: Mapping[str, Any] | TokenizerSettings,
     out_dir: str | Path,
     progress: bool = True,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Run the whole stage and return the content of `out_dir/meta.json`.
 
-    The text is read three or four times (hashes, tokenizer training, validation, training), never held at once. The
-    tokenizer is trained on documents that are no validation candidates. Where `max_validation_tokens` binds, the
-    candidates with the smallest keys are kept, at least one, and the others go back to the training split.
-    The same text and settings give the same bytes. Raises CorpusError; the folder then is as it was.
+    workers: processes that encode side by side; default the CPUs of this process (`available_workers`).
+
+    The text is read once by a tokenizer that is loaded; to train one, it is read twice before (hashes, training). It is
+    encoded part by part into `out_dir/parts`, which a killed job leaves and the next one takes up; the merge decides
+    which documents are kept and which validate, and removes the parts. The tokenizer is trained on documents that are
+    no validation candidates. Where `max_validation_tokens` binds, the candidates with the smallest keys are kept, at
+    least one, and the others go back to the training split. The merge takes about 80 B of memory a document.
+    The same text and settings give the same bytes, whatever the workers. Raises CorpusError; but for the parts, the
+    folder then is as it was.
     """
     corpus, settings, folder = CorpusSettings.of(corpus_cfg), TokenizerSettings.of(tokenizer_cfg), Path(out_dir)
     spec = tokens_spec(corpus, settings)
-    tokenizer = None if settings.trained else load_tokenizer(settings)
-    index = index_documents(corpus, progress)
-    if tokenizer is None:
-        tokenizer = _train(corpus, settings, index, progress)
-    total_bytes = int(index.num_bytes[index.kept].sum())
-    log.info("%s documents, %s bytes of text", f"{int(index.kept.sum()):,}", f"{total_bytes:,}")
+    tokenizer, index, parts = _encode(corpus, settings, folder, (1, 1), progress, workers)
+    keys = np.concatenate([part.keys for part in parts])
+    if index is not None and not np.array_equal(index.keys, keys):
+        raise CorpusError(f"The text of the corpus '{corpus.name}' changed while it was read; rerun the tokens stage.")
+    halves = np.concatenate([part.halves for part in parts])
+    index = _index(corpus, halves, keys, np.concatenate([part.num_bytes for part in parts]))
+    del halves, keys
+    lengths = np.concatenate([part.lengths for part in parts]).astype(np.int64)
+    validation = _validation(corpus, index, lengths)
+    log.info("%s documents, %s bytes of text", f"{index.kept.sum():,}", f"{index.num_bytes[index.kept].sum():,}")
 
     with TokensWriter(folder, tokenizer.padded_vocab_size, corpus.shard_tokens) as writer:
-        validation = np.zeros_like(index.kept)
-        chosen = _encode_validation(corpus, tokenizer, index, progress)
-        for ordinal, tokens in chosen:
-            validation[ordinal] = True
-            writer.append("validation", tokens, int(index.num_bytes[ordinal]))
-
-        tokens_per_byte = sum(tokens.size for _, tokens in chosen) / int(index.num_bytes[validation].sum())
         itemsize = np.dtype(token_dtype(tokenizer.padded_vocab_size)).itemsize
-        writer.estimated_bytes = int(total_bytes * tokens_per_byte * itemsize) + 8 * int(index.kept.sum())
+        writer.estimated_bytes = itemsize * int(lengths[index.kept].sum()) + 8 * int(index.kept.sum())
         check_space(folder, writer.estimated_bytes)
-        del chosen
-
-        train = np.flatnonzero(index.kept & ~validation)
-        texts = _select(corpus, index, train)
-        for ordinal, tokens in zip(train.tolist(), tokenizer.encode(_bytes_bar(texts, index, train, progress))):
-            writer.append("train", tokens, int(index.num_bytes[ordinal]))
+        with _bar(None, "merging", "token", progress, total=int(lengths[index.kept].sum()), unit_scale=True) as bar:
+            for split, chosen in (("validation", validation), ("train", index.kept & ~validation)):
+                first = 0
+                for part in parts:
+                    here = slice(first, first + part.num_documents)
+                    first += part.num_documents
+                    num_bytes = int(index.num_bytes[here][chosen[here]].sum())
+                    for tokens, counts in part.select(chosen[here]):
+                        writer.append_documents(split, tokens, counts, num_bytes)
+                        num_bytes = 0  # of the whole part, counted with its first run
+                        bar.update(tokens.size)
         meta = {
             "eod_token": tokenizer.eod_token,
             "eod_id": tokenizer.eod_id,
@@ -138,7 +163,34 @@ def build_tokens(
             },
             "spec": spec,
         }
-        return writer.commit(tokenizer.content, meta)
+        meta = writer.commit(tokenizer.content, meta)
+    remove_parts(folder / PARTS)
+    return meta
+
+
+def build_part(
+    corpus_cfg: Mapping[str, Any] | CorpusSettings,
+    tokenizer_cfg: Mapping[str, Any] | TokenizerSettings,
+    out_dir: str | Path,
+    part: str,
+    progress: bool = True,
+    workers: int | None = None,
+) -> int:
+    """Make every N-th part of the tokens, from the I-th on, for `part` = "I/N", I = 1 ... N: one job of an array.
+
+    Returns how many parts that were. `build_tokens` then takes up what is there, makes what is not, and merges.
+    A tokenizer that has to be trained is trained by every job that finds none, each time the same.
+    Raises CorpusError; parts that are done stay.
+    """
+    corpus, settings, folder = CorpusSettings.of(corpus_cfg), TokenizerSettings.of(tokenizer_cfg), Path(out_dir)
+    return len(_encode(corpus, settings, folder, _share(part), progress, workers)[2])
+
+
+def available_workers() -> int:
+    """CPUs that this process may use: of its affinity mask, and of its Slurm task ($SLURM_CPUS_PER_TASK)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cpus, int(allotted)) if allotted.isdecimal() and int(allotted) else cpus
 
 
 def tokens_spec(
@@ -218,30 +270,94 @@ def _train(corpus: CorpusSettings, settings: TokenizerSettings, index: DocumentI
     return train_tokenizer(texts, settings)
 
 
-def _encode_validation(
-    corpus: CorpusSettings, tokenizer: TextTokenizer, index: DocumentIndex, progress: bool
-) -> list[tuple[int, np.ndarray]]:
-    """(ordinal, tokens) of the validation documents, in the order of the corpus.
+def _encode(
+    corpus: CorpusSettings,
+    settings: TokenizerSettings,
+    folder: Path,
+    share: tuple[int, int],
+    progress: bool,
+    workers: int | None,
+) -> tuple[TextTokenizer, DocumentIndex | None, list[Part]]:
+    """The tokenizer, the index if one was needed to train it, and the parts of a share (I, N) of the pieces."""
+    if workers is None:
+        workers = available_workers()
+    if not isinstance(workers, int) or workers < 1:
+        raise CorpusError(f"The number of workers must be a positive integer, not {workers!r}.")
+    pieces = list_pieces(corpus)
+    with _rust_threads(workers):
+        tokenizer, index = _tokenizer(corpus, settings, pieces, folder / PARTS, progress)
+        mine = pieces[share[0] - 1 :: share[1]]
+        maker = PartMaker(corpus, tokenizer, folder / PARTS)
+        total = sum(piece.size for piece in mine)
+        itemsize = maker.dtype.itemsize
+        read = made = 0
+        with _bar(None, "encoding", "B", progress, total=total, unit_scale=True) as bar:
 
-    Under `max_validation_tokens` the longest prefix of the candidates in the order of their keys that fits, at least
-    one document; no more than that is held in memory.
-    """
-    limit = corpus.max_validation_tokens
+            def done(piece: Piece, part: Part) -> None:
+                nonlocal read, made
+                read += piece.size
+                made += itemsize * part.num_tokens + 40 * part.num_documents
+                bar.update(piece.size)
+                if read < total:  # the rest of the parts, and the tokens beside them
+                    check_space(folder, round(made * (total - read) / read + (made * total / read)))
+
+            parts = make_parts(maker, settings, mine, workers, done)
+    return tokenizer, index, parts
+
+
+def _tokenizer(
+    corpus: CorpusSettings, settings: TokenizerSettings, pieces: list[Piece], folder: Path, progress: bool
+) -> tuple[TextTokenizer, DocumentIndex | None]:
+    """The tokenizer as it is loaded, was trained before (kept beside the parts), or is trained now (with an index)."""
+    if not settings.trained:
+        return load_tokenizer(settings), None
+    key = text_key(pieces, **settings_of_training(corpus, settings))
+    kept = folder / f"tokenizer-{key[:16]}.json"
+    tokenizer = find_tokenizer(kept, key, settings)
+    if tokenizer is not None:
+        return tokenizer, None
+    index = index_documents(corpus, progress)
+    tokenizer = _train(corpus, settings, index, progress)
+    check_sources(pieces)  # what is kept is of the text that its key names
+    save_tokenizer(kept, key, tokenizer)
+    return tokenizer, index
+
+
+def _validation(corpus: CorpusSettings, index: DocumentIndex, lengths: np.ndarray) -> np.ndarray:
+    """The validation documents, bool (n,): the candidates, or under `max_validation_tokens` as many of them, in the
+    order of their keys, as fit, at least one. lengths: int64 (n,) tokens of each document."""
+    if corpus.max_validation_tokens is None:
+        return index.candidate
     ordinals = np.flatnonzero(index.candidate)
-    texts = _bytes_bar(_select(corpus, index, ordinals), index, ordinals, progress, "encoding validation")
-    held: list[tuple[int, int, np.ndarray]] = []  # heap by falling key
-    total, barrier = 0, 2**64  # a document with a key from the barrier on lies past the limit
-    for ordinal, tokens in zip(ordinals.tolist(), tokenizer.encode(texts)):
-        key = int(index.keys[ordinal])
-        if key >= barrier:
-            continue
-        heapq.heappush(held, (-key, ordinal, tokens.astype(np.uint32)))
-        total += tokens.size
-        while limit is not None and total > limit and len(held) > 1:
-            negative, _, evicted = heapq.heappop(held)
-            total -= evicted.size
-            barrier = -negative
-    return sorted(((ordinal, tokens) for _, ordinal, tokens in held), key=lambda pair: pair[0])
+    ordinals = ordinals[np.argsort(index.keys[ordinals], kind="stable")]
+    count = int(np.searchsorted(np.cumsum(lengths[ordinals]), corpus.max_validation_tokens, side="right"))
+    chosen = np.zeros_like(index.candidate)
+    chosen[ordinals[: max(count, 1)]] = True
+    return chosen
+
+
+def _share(part: str) -> tuple[int, int]:
+    """ "I/N" as numbers."""
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise CorpusError(f"A part is I/N with I from 1 to N, such as 3/8, not {part!r}.")
+    return int(found[1]), int(found[2])
+
+
+@contextlib.contextmanager
+def _rust_threads(workers: int) -> Iterator[None]:
+    """Let the tokenizers library use no more threads than there are workers (the number is fixed at first use)."""
+    wanted = {"TOKENIZERS_PARALLELISM": str(workers > 1).lower(), "RAYON_NUM_THREADS": str(workers)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ |= wanted
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _select(corpus: CorpusSettings, index: DocumentIndex, ordinals: np.ndarray) -> Iterator[str]:

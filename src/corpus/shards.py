@@ -97,10 +97,15 @@ class TokensWriter:
 
     def append(self, split: str, tokens: np.ndarray, num_bytes: int) -> None:
         """Add a document: tokens (n,) with its end-of-document token; num_bytes of UTF-8 text."""
+        self.append_documents(split, tokens, np.array([tokens.size]), num_bytes)
+
+    def append_documents(self, split: str, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
+        """Add documents: their tokens (sum of lengths,), end-of-document tokens included, lengths int64 (documents,)
+        and bytes of UTF-8 text in all. `tokens` may be memory-mapped: it is read a piece at a time."""
         with self._disk(tokens.size * np.dtype(self.dtype).itemsize):
             if split not in self._splits:
                 self._splits[split] = _Split(split, self)
-            self._splits[split].append(tokens, num_bytes)
+            self._splits[split].append(tokens, lengths, num_bytes)
 
     def commit(self, tokenizer_json: bytes, meta: Mapping[str, Any]) -> dict[str, Any]:
         """Put all files in place, meta.json last, and return its content.
@@ -185,18 +190,19 @@ class _Split:
         self.documents_hash = hashlib.sha256()
         self.documents_file = writer.create_file(f"{name}.documents.bin")
 
-    def append(self, tokens: np.ndarray, num_bytes: int) -> None:
-        start = np.array([self.num_tokens], dtype=DOCUMENT_DTYPE).tobytes()
-        self.documents_file.write(start)
-        self.documents_hash.update(start)
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
+        starts = (self.num_tokens + np.cumsum(lengths) - lengths).astype(DOCUMENT_DTYPE).tobytes()
+        self.documents_file.write(starts)
+        self.documents_hash.update(starts)
         self.num_tokens += tokens.size
         self.num_bytes += num_bytes
-        self.num_documents += 1
-        tokens = tokens.astype(np.dtype(self.writer.dtype).newbyteorder("<"))
+        self.num_documents += lengths.size
+        dtype = np.dtype(self.writer.dtype).newbyteorder("<")
         while tokens.size:
             if self.shard_left == 0:
                 self._next_shard()
-            part, tokens = tokens[: self.shard_left], tokens[self.shard_left :]
+            size = min(self.shard_left, HASH_CHUNK_BYTES // dtype.itemsize)
+            part, tokens = tokens[:size].astype(dtype, copy=False), tokens[size:]
             content = part.tobytes()
             self.file.write(content)
             self.stream_hash.update(content)

@@ -4,7 +4,7 @@ import gzip
 import importlib.util
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ def format_of(path: Path) -> str | None:
     return next((suffix for suffix in sorted(FORMATS, key=len, reverse=True) if name.endswith(suffix)), None)
 
 
-def _locate(settings: CorpusSettings) -> tuple[Path, list[Path]]:
-    """The root that document ids are relative to, and the files in order."""
+def locate(settings: CorpusSettings) -> tuple[Path, list[Path]]:
+    """The root that document ids are relative to, and the files in order; errors as `source_files`."""
     wanted = f"The supported formats are {', '.join(FORMATS)}."
     if settings.package is not None:
         root = package_folder(settings.package, settings.install, f"the corpus '{settings.name}'")
@@ -81,7 +81,7 @@ def source_files(corpus_cfg: Mapping[str, Any] | CorpusSettings) -> list[Path]:
 
     Raises CorpusError for a package that is not installed, a missing path, an empty folder, no supported file.
     """
-    return _locate(CorpusSettings.of(corpus_cfg))[1]
+    return locate(CorpusSettings.of(corpus_cfg))[1]
 
 
 def iter_documents(corpus_cfg: Mapping[str, Any] | CorpusSettings) -> Iterator[Document]:
@@ -91,7 +91,11 @@ def iter_documents(corpus_cfg: Mapping[str, Any] | CorpusSettings) -> Iterator[D
     yielded too, as "". Raises CorpusError, naming file and line, for text that cannot be read.
     """
     settings = CorpusSettings.of(corpus_cfg)
-    root, files = _locate(settings)
+    yield from read_documents(settings, *locate(settings))
+
+
+def read_documents(settings: CorpusSettings, root: Path, files: Iterable[Path]) -> Iterator[Document]:
+    """The documents of some files below `root`, as `iter_documents` yields them."""
     for path in files:
         name = path.relative_to(root).as_posix()
         suffix = format_of(path)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from .errors import CorpusError
 from .settings import TokenizerSettings
 from .sources import package_folder
+from .words import SAFE_CUT, WordEncoder, is_cuttable, is_word_wise
 
 BATCH_BYTES = 1 << 20  # characters of text a call to encode_batch; an encoding takes about 130 B a token
 PIECE_CHARACTERS = 1 << 18  # longer documents are encoded piece by piece
-
-# Between a visible character and white space the GPT-2 pattern of the ByteLevel pre-tokenizer always ends a word, and
-# it never looks back: pieces cut here give the tokens of the whole.
-_SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n\r\t])")
 
 
 class TextTokenizer:
@@ -49,7 +45,9 @@ class TextTokenizer:
         multiple = settings.pad_vocab_to_multiple_of or 1
         self.padded_vocab_size = -(-self.vocab_size // multiple) * multiple
         self._tokenizer = tokenizer
-        self._cuttable = _is_cuttable(tokenizer)
+        state = json.loads(tokenizer.to_str())
+        self._cuttable = is_cuttable(state)
+        self._words = WordEncoder(tokenizer, state, eod_id) if is_word_wise(state) else None
 
     def encode(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """The tokens of each text, int64 (n,), in order, each ending with `eod_id`; memory is bounded by a batch.
@@ -59,34 +57,21 @@ class TextTokenizer:
         for batch in _batches(texts):
             pieces = list(_cut(batch[0])) if self._cuttable and len(batch) == 1 else []
             if len(pieces) > 1:  # one by one: the encodings of a long document do not fit side by side
-                batch_tokens = [np.concatenate([tokens for piece in pieces for tokens in self._encode_batch([piece])])]
+                parts = [tokens[:-1] for piece in pieces for tokens in self._encode_batch([piece])]
+                yield np.append(np.concatenate(parts), self.eod_id)
             else:
-                batch_tokens = self._encode_batch(batch)
-            for tokens in batch_tokens:
-                yield np.append(tokens, self.eod_id)
+                yield from self._encode_batch(batch)
 
     def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Each text with its end of document."""
+        if self._words is not None:
+            return self._words.encode(texts)
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return [np.array([*encoding.ids, self.eod_id], dtype=np.int64) for encoding in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of some tokens, special tokens left out."""
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
-
-
-def _is_cuttable(tokenizer: Tokenizer) -> bool:
-    """Whether _SAFE_CUT holds: GPT-2's pre-tokenizer, at most NFC before it, no added token across a cut."""
-    state = json.loads(tokenizer.to_str())
-    pre_tokenizer = state["pre_tokenizer"] or {}
-    return (
-        pre_tokenizer.get("type") == "ByteLevel"
-        and not pre_tokenizer["add_prefix_space"]
-        and pre_tokenizer.get("use_regex", True)
-        and (state["normalizer"] or {"type": "NFC"})["type"] == "NFC"
-        and not any(
-            token["lstrip"] or token["rstrip"] or _SAFE_CUT.search(token["content"]) for token in state["added_tokens"]
-        )
-    )
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -109,7 +94,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def _cut(text: str) -> Iterator[str]:
     """Cut a long text before white space into pieces of about PIECE_CHARACTERS."""
     start = 0
-    while len(text) - start > PIECE_CHARACTERS and (cut := _SAFE_CUT.search(text, start + PIECE_CHARACTERS)):
+    while len(text) - start > PIECE_CHARACTERS and (cut := SAFE_CUT.search(text, start + PIECE_CHARACTERS)):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
@@ -168,12 +153,16 @@ def load_tokenizer(tokenizer_cfg: Mapping[str, Any] | TokenizerSettings) -> Text
     if settings.file is None:
         raise CorpusError("tokenizer.file is not set: there is no tokenizer to load.")
     (path,) = tokenizer_files(settings)
-    content = path.read_bytes()
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
-        raise CorpusError(f"{path} is not a Hugging Face tokenizer.json ({error}).") from error
-    loaded = TextTokenizer(tokenizer, content, settings)
+    loaded = parse_tokenizer(path.read_bytes(), settings, str(path))
     if settings.vocab_size is not None and loaded.vocab_size != settings.vocab_size:
         raise CorpusError(f"{path} has {loaded.vocab_size:,} tokens, but tokenizer.vocab_size={settings.vocab_size}.")
     return loaded
+
+
+def parse_tokenizer(content: bytes, settings: TokenizerSettings, where: str) -> TextTokenizer:
+    """The tokenizer of a tokenizer.json's content. Raises CorpusError if it is unreadable or lacks `eod_token`."""
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception
+        raise CorpusError(f"{where} is not a Hugging Face tokenizer.json ({error}).") from error
+    return TextTokenizer(tokenizer, content, settings)

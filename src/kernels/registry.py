@@ -49,9 +49,14 @@ _MODULES: dict[tuple[str, str], tuple[str, ...]] = {
     ("gated_silu", "cpu"): ("gated_silu",),
     ("gated_silu", "cpp"): ("gated_silu_cpp",),
     ("gated_silu", "triton"): ("gated_silu_triton",),
+    ("rotary_attention", "torch"): ("rotary_attention",),
+    ("rotary_attention", "cpp"): ("rotary_attention_cpp",),
 }
 #: the C++ library behind an operation
-CPP_LIBRARIES = {op: "mlstm" if op == "mlstm" else "rows" for op, backend in _MODULES if backend == "cpp"}
+CPP_LIBRARIES = {op: "rows" for op, backend in _MODULES if backend == "cpp"} | {
+    "mlstm": "mlstm",
+    "rotary_attention": "attention",
+}
 _REGISTRY: dict[tuple[str, str, str], Kernel] = {}
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_scaling.accounting import ModelShape
+from xlstm_scaling.kernels.rotary_attention import rotate
 from xlstm_scaling.models.language_model import Block, LanguageModel, Operation
-from xlstm_scaling.models.layers import NORM_EPS, GatedFeedForward, Linear, RMSNorm, small_init_, wang_init_
+from xlstm_scaling.models.layers import NORM_EPS, GatedFeedForward, Linear, RMSNorm, fast, small_init_, wang_init_
 
 ROPE_THETA = 500_000.0
 RESIDUAL_SCALE = 0.5  # of the wang init
@@ -36,24 +37,8 @@ def rotary_angles(
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of x (B, H, T, d) against each other."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * sin.to(x.dtype)
-
-
-def document_mask(document_starts: Tensor) -> Tensor | None:
-    """(B, 1, T, T) bool, True where a query may see a key: causal and in one document. None if no start is inside."""
-    if not bool(document_starts[:, 1:].any()):
-        return None
-    document = document_starts.long().cumsum(-1)
-    T = document.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=document.device).tril()
-    return (causal & (document[:, :, None] == document[:, None, :]))[:, None]
-
-
 class Attention(nn.Module):
-    """Causal self-attention through torch's scaled_dot_product_attention."""
+    """Causal self-attention with rotary positions."""
 
     def __init__(self, shape: ModelShape, rope_theta: float) -> None:
         super().__init__()
@@ -61,23 +46,28 @@ class Attention(nn.Module):
         self.qkv = Linear(shape.embedding_dim, 3 * self.heads * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, shape.embedding_dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, document_starts: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        offset = 0 if cache is None else cache.length
-        cos, sin = rotary_angles(T, self.head_dim, self.theta, x.device, offset)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            if offset + T > cache.k.shape[2]:
-                raise ValueError(f"KV cache holds {cache.k.shape[2]} tokens, {offset + T} are needed")
-            cache.k[:, :, offset : offset + T], cache.v[:, :, offset : offset + T] = k, v
-            cache.length = offset + T
-            k, v = cache.k[:, :, : offset + T], cache.v[:, :, : offset + T]
-            if offset and T > 1:
-                mask = torch.ones(T, offset + T, dtype=torch.bool, device=x.device).tril(offset)
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, self.head_dim)
+        cos, sin = rotary_angles(T, self.head_dim, self.theta, x.device, 0 if cache is None else cache.length)
+        if cache is None:
+            return self.out(fast("rotary_attention", x)(qkv, cos, sin, document_starts))
+        if document_starts is not None:
+            raise ValueError("a cache holds one document a sequence: no document_starts with it")
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = self.cached(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+        """q, k, v (B, H, T, d), rotated -> (B, H, T, d); keys and values are appended to the cache."""
+        T, offset = q.shape[2], cache.length
+        if offset + T > cache.k.shape[2]:
+            raise ValueError(f"KV cache holds {cache.k.shape[2]} tokens, {offset + T} are needed")
+        cache.k[:, :, offset : offset + T], cache.v[:, :, offset : offset + T] = k, v
+        cache.length = offset + T
+        k, v = cache.k[:, :, : offset + T], cache.v[:, :, : offset + T]
+        mask = torch.ones(T, offset + T, dtype=torch.bool, device=q.device).tril(offset) if offset and T > 1 else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
 
 
 class TransformerBlock(Block):
@@ -85,7 +75,7 @@ class TransformerBlock(Block):
 
     @classmethod
     def operations(cls, **options: Any) -> list[Operation]:
-        return [("rms_norm", None, "auto"), ("gated_silu", None, "auto")]
+        return [(op, None, "auto") for op in ("rms_norm", "rotary_attention", "gated_silu")]
 
     def __init__(self, shape: ModelShape, rope_theta: float = ROPE_THETA, norm_eps: float = NORM_EPS) -> None:
         super().__init__()
@@ -97,9 +87,8 @@ class TransformerBlock(Block):
     def forward(
         self, x: Tensor, document_starts: Tensor | None = None, state: KVCache | None = None
     ) -> tuple[Tensor, KVCache | None]:
-        mask = None if document_starts is None else document_mask(document_starts)
-        x = x + self.attention(self.attention_norm(x), mask, state)
-        return x + self.ffn(self.ffn_norm(x)), state
+        normed, x = self.ffn_norm.add(self.attention(self.attention_norm(x), document_starts, state), x)
+        return x + self.ffn(normed), state
 
     def init_state(self, batch_size: int, max_length: int, dtype: torch.dtype) -> KVCache:
         attention, device = self.attention, self.attention_norm.weight.device

@@ -181,9 +181,9 @@ def test_text_that_changes_while_it_is_read(tmp_path, texts, tokenizer_cfg, monk
         return tokenizer
 
     monkeypatch.setattr(build, "_train", change_then_train)
-    with pytest.raises(CorpusError, match="changed while it was read"):
+    with pytest.raises(CorpusError, match=r"0000\.txt changed while it was read"):
         build_tokens({"path": str(folder)}, tokenizer_cfg, tmp_path / "tokens", progress=False)
-    assert contents(tmp_path / "tokens") == {}
+    assert not any(path.is_file() for path in (tmp_path / "tokens").rglob("*"))
 
 
 def test_a_disk_too_small_is_refused_before_encoding(tmp_path, corpus_cfg, tokenizer_cfg, monkeypatch):

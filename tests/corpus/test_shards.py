@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,10 @@ def test_damage_is_detected(tokens_folder, tmp_path, name):
     content = (folder / name).read_bytes()
 
     (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CorpusError, match=rf"{name} was altered.*Rerun the tokens stage"):
+        TokenDataset.open(folder, verify="size")  # it is newer than meta.json
+    written = (folder / "meta.json").stat().st_mtime_ns
+    os.utime(folder / name, ns=(written, written))
     TokenDataset.open(folder, verify="size")
     with pytest.raises(CorpusError, match=rf"{name} was altered.*Rerun the tokens stage"):
         TokenDataset.open(folder, verify="digest")
@@ -96,6 +101,29 @@ def test_damage_is_detected(tokens_folder, tmp_path, name):
     (folder / name).unlink()
     with pytest.raises(CorpusError, match=rf"{name} is missing.*Rerun the tokens stage"):
         TokenDataset.open(folder)
+
+
+def test_a_touched_file_is_read_and_found_intact(tokens_folder, tmp_path):
+    folder = shutil.copytree(tokens_folder, tmp_path / "tokens")
+    (folder / "train-00000.bin").touch()
+    TokenDataset.open(folder, verify="size")
+
+
+def replaced(path):
+    """The same bytes in another file, as a rerun writes them."""
+    copy = shutil.copy2(path, path.with_name("copy"))
+    copy.replace(path)
+
+
+@pytest.mark.parametrize("name", ["train-00001.bin", "validation.documents.bin", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize(("change", "word"), [(Path.touch, "changed"), (replaced, "changed"), (Path.unlink, "removed")])
+def test_files_that_change_while_they_are_in_use(tokens_folder, tmp_path, name, change, word):
+    folder = shutil.copytree(tokens_folder, tmp_path / "tokens")
+    dataset = TokenDataset.open(folder)
+    dataset.check_unchanged()
+    change(folder / name)
+    with pytest.raises(CorpusError, match=rf"{name} was {word} while it was in use.*Rerun the tokens stage"):
+        dataset.check_unchanged()
 
 
 def test_damaged_meta_is_detected(tokens_folder, tmp_path):

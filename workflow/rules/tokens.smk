@@ -13,9 +13,9 @@ rule tokens:
     resources:
         # words of the command line; as params they would rerun rules that they do not concern
         arguments=study.arguments,
-        mem_mb=1000,
+        mem_mb=lambda wildcards, threads: 500 + 500 * threads,
         runtime=30,
     params:
         spec=paths.tokens_id,
     shell:
-        "xlstm-scaling tokens {resources.arguments} 2> {log}"
+        "xlstm-scaling tokens --workers {threads} {resources.arguments} 2> {log}"

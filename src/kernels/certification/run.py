@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from xlstm_scaling.kernels import registry
+from xlstm_scaling.kernels.certification.attention import RotaryAttention
 from xlstm_scaling.kernels.certification.certificate import (
     SCHEMA_VERSION,
     describe_device,
@@ -36,7 +37,8 @@ from xlstm_scaling.kernels.registry import Kernel
 log = logging.getLogger(__name__)
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for operation in (MLSTM(), LinearCrossEntropy(), RMSNorm(), HeadNormGate(), GatedSiLU())
+    operation.name: operation
+    for operation in (MLSTM(), LinearCrossEntropy(), RMSNorm(), HeadNormGate(), GatedSiLU(), RotaryAttention())
 }
 #: backends whose kernels run on a device
 BACKENDS = {"cpu": ("torch", "cpu", "cpp"), "cuda": ("torch", "triton")}
