@@ -46,6 +46,7 @@ else:
     include: "workflow/rules/train.smk"
     include: "workflow/rules/runs.smk"
     include: "workflow/rules/inference.smk"
+    include: "workflow/rules/evaluate.smk"
 
 
 include: "workflow/rules/fit.smk"

@@ -1,11 +1,11 @@
 """Training against Hugging Face's models on a CPU: python benchmarks/training.py [--dtype float32] [--quick]
 
-d = 256, 6 blocks, V = 4,096, T = 512, 8 sequences a step (6.9 M parameters), the optimiser's step included. Four models
-train in turn, a few steps each, on the same batches with the same AdamW and schedule: ours through the trainer of a
-study's runs, the peers as their users write it (fused AdamW, clipped gradients; under bf16 autocast where the dtype is
-bfloat16). Reported: tokens/s (medians over rounds), the ratio to the peer of each architecture, the mean loss of the
-last 20 steps, and where a step of ours goes (the profiler's time in matrix products, in our kernels, elsewhere) beside
-the peak of matrix products on this machine. The last line is JSON.
+d = 256, 6 blocks, V = 4,096, T = 512, 8 sequences a step (6.9 M parameters), the optimiser's step included. Four
+models, each in a process of its own, train in turn, a few steps at a time, on the same batches with the same AdamW and
+schedule: ours through the trainer of a study's runs, the peers as their users write it (fused AdamW, clipped gradients;
+under bf16 autocast where the dtype is bfloat16). Reported: tokens/s (medians over turns), the ratio to the peer of each
+architecture, by the clock and by the time of the CPU (which other load on the machine disturbs less), the mean loss of
+the last 20 steps, and where a step of ours goes beside the peak of matrix products here. The last line is JSON.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,31 @@ def profile(step, batches):
     return {kind: round(value / total, 3) for kind, value in sorted(seconds.items(), key=lambda item: -item[1])}
 
 
+def make(name, spec, dataset, threads):
+    arch = name.removeprefix("hf_")
+    return Ours(spec, dataset, threads) if name == arch else Peer(peer_model(arch, spec.shape["ffn_dim"]), spec)
+
+
+def worker(pipe, name, spec, tokens, threads):
+    """Train ``name``: answers (first, last) with the losses of these steps, their seconds by the clock and of CPUs."""
+    torch.set_num_threads(threads)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    dataset = TokenDataset.open(tokens)
+    if not name.startswith("hf_"):
+        keep_freed_memory()  # as a study's runs do
+    model, batches = make(name, spec, dataset, threads), Trainer(spec, dataset, Execution(threads=threads))
+    pipe.send("ready")
+    del batches.model, batches.optimizer
+    while (task := pipe.recv()) is not None:
+        if task == "profile":
+            pipe.send(profile(model.step, [batches.batch(spec.num_train_steps - 1)] * 2))
+            continue
+        todo = [batches.batch(step) for step in range(*task)]
+        began, busy = time.perf_counter(), time.process_time()
+        losses = [model.step(batch) for batch in todo]
+        pipe.send((losses, time.perf_counter() - began, time.process_time() - busy))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
@@ -137,49 +163,58 @@ def main():
     args = parser.parse_args()
     steps = 24 if args.quick else args.steps
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
     dtype = resolve_compute_dtype(args.dtype)
-    overrides = ["study=smoke", f"tokenizer.vocab_size={VOCAB}", f"training.compute_dtype={dtype}"]
-    config = compose(overrides)
+    config = compose(["study=smoke", f"tokenizer.vocab_size={VOCAB}", f"training.compute_dtype={dtype}"])
+    context, workers, pipes = get_context("spawn"), {}, {}
     with tempfile.TemporaryDirectory() as folder:
         paths = StudyPaths.of(config, args.results or folder)
         stages.tokens(config, paths, progress=False)
-        dataset = TokenDataset.open(paths.tokens)
-        planner = Planner(config)
-        specs = {}
+        planner, specs = Planner(config), {}
         for arch in ("xlstm", "transformer"):
             spec = planner.run(planner.shape(arch, D, BLOCKS, HEADS), T, BATCH, steps, 2e-3)
             specs[arch] = replace(spec, warmup_steps=max(1, steps // 10), cooldown_steps=steps // 10)
-        models = {}
-        for arch, spec in specs.items():
-            models[arch] = Ours(spec, dataset, args.threads)
-            models[f"hf_{arch}"] = Peer(peer_model(arch, spec.shape["ffn_dim"]), spec)
-        source = models["xlstm"].trainer
-        speeds, losses = {name: [] for name in models}, {name: [] for name in models}
+            for name in (arch, f"hf_{arch}"):
+                pipes[name], theirs = context.Pipe()
+                task = (theirs, name, specs[arch], paths.tokens, args.threads)
+                workers[name] = context.Process(target=worker, args=task, daemon=True)
+                workers[name].start()
+                theirs.close()
+                pipes[name].recv()
+        speeds, busy, losses = ({name: [] for name in pipes} for _ in range(3))
         for first in range(0, steps, args.per_turn):
-            batches = [source.batch(step) for step in range(first, min(first + args.per_turn, steps))]
-            for name, model in models.items():
-                began = time.perf_counter()
-                losses[name] += [model.step(batch) for batch in batches]
-                speeds[name].append(len(batches) * BATCH * T / (time.perf_counter() - began))
+            last = min(first + args.per_turn, steps)
+            for name, pipe in pipes.items():
+                pipe.send((first, last))
+                found, seconds, cpu_s = pipe.recv()
+                losses[name] += found
+                busy[name].append(cpu_s / (last - first))
+                speeds[name].append((last - first) * BATCH * T / seconds)
             if first // args.per_turn % 5 == 1:
                 now = ", ".join(f"{name} {np.median(s[1:]):,.0f} tokens/s" for name, s in speeds.items())
-                print(f"step {first + args.per_turn}: {now}", flush=True)
-        shares = {arch: profile(models[arch].step, [source.batch(steps - 1)] * 2) for arch in specs}
+                print(f"step {last}: {now}", flush=True)
+        shares = {}
+        for arch in specs:
+            pipes[arch].send("profile")
+            shares[arch] = pipes[arch].recv()
+        for name, pipe in pipes.items():
+            pipe.send(None)
+            workers[name].join()
     peak = measure_peak_flops(getattr(torch, dtype), size=2048, seconds=1.0)
     speed = {name: float(np.median(s[1:])) for name, s in speeds.items()}
     mfu = {arch: speed[arch] / BATCH / T * spec.flops_per_step / peak for arch, spec in specs.items()}
     final = {name: float(np.mean(values[-LAST:])) for name, values in losses.items()}
     ratio = {arch: speed[arch] / speed[f"hf_{arch}"] for arch in specs}
+    cpu_s = {name: float(np.median(values[1:])) for name, values in busy.items()}
     target = 2.5 if dtype == "bfloat16" else 1.3
     summary = {
         "dtype": dtype, "threads": args.threads, "steps": steps, "params": {a: s.num_params for a, s in specs.items()},
         "tokens_per_s": {name: round(value) for name, value in speed.items()},
         "ratio": {arch: round(value, 3) for arch, value in ratio.items()},
+        "cpu_s_per_step": {name: round(value, 3) for name, value in cpu_s.items()},
+        "ratio_cpu_time": {arch: round(cpu_s[f"hf_{arch}"] / cpu_s[arch], 3) for arch in specs},
         "target": target, "pass": {arch: value >= target for arch, value in ratio.items()},
         "loss_last_20": {name: round(value, 4) for name, value in final.items()},
         "peak_flops": peak, "mfu": {arch: round(value, 3) for arch, value in mfu.items()}, "time_shares": shares,
-        "peer_params": {n: sum(p.numel() for p in m.model.parameters()) for n, m in models.items() if n[:3] == "hf_"},
     }  # fmt: skip
     print(json.dumps(summary))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Draw = Callable[[Tables, Mapping[str, Any]], Figure]
     Data = Callable[[Tables, Mapping[str, Any]], pd.DataFrame]
 
-CATEGORIES = ("Overview", "Training", "Scaling laws", "Inference")
+CATEGORIES = ("Overview", "Training", "Scaling laws", "Length", "Inference")
 
 
 def _load(reference: str) -> Callable:
@@ -149,6 +149,13 @@ _ALL = (
         "Scaling laws",
         ("fits/forecasts",),
         "forecasts:forecasts_data",
+    ),
+    FigureSpec(
+        "length",
+        "length:length",
+        "Loss beyond the training context",
+        "Length",
+        ("evaluation/length",),
     ),
     FigureSpec(
         "ttft",

@@ -33,8 +33,10 @@ def figure_names(config: Mapping[str, Any], only: Sequence[str] | None = None) -
 
 
 def drawable_names(config: Mapping[str, Any], inference: bool = True) -> list[str]:
-    """The figures of a study: those of the config, without those of inference where there are no measurements."""
-    names = figure_names(config)
+    """The figures of a study: those of the config, without those of inference where there are no measurements, and
+    without those that evaluate a model where the runs are published ones."""
+    published = (config.get("runs") or {}).get("source") == "published"
+    names = [name for name in figure_names(config) if not (published and FIGURES[name].category == "Length")]
     return names if inference else [name for name in names if FIGURES[name].category != "Inference"]
 
 

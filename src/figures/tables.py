@@ -8,7 +8,7 @@ import pandas as pd
 ARCH_ORDER = ("xlstm", "transformer")
 
 # Which stage writes a table, for the error that names it.
-STAGES = {"runs": "runs", "curves": "runs", "fits": "fit", "inference": "inference"}
+STAGES = {"runs": "runs", "curves": "runs", "fits": "fit", "inference": "inference", "evaluation": "evaluate"}
 
 
 class FigureError(ValueError):
@@ -42,7 +42,7 @@ class Tables(Mapping):
         if self.folder is not None:
             for path in self.folder.glob("*.parquet"):
                 found.add(path.stem)
-            for part in ("fits", "inference"):
+            for part in ("fits", "inference", "evaluation"):
                 found.update(f"{part}/{path.stem}" for path in (self.folder / part).glob("*.parquet"))
         return iter(sorted(found))
 
@@ -63,7 +63,7 @@ class Tables(Mapping):
     def archs(self) -> list[str]:
         """Every architecture of the study, in the order figures show them."""
         found: set[str] = set()
-        for name in ("runs", "inference/measurements"):
+        for name in ("runs", "inference/measurements", "evaluation/length"):
             if name in self and "arch" in self[name]:
                 found.update(self[name]["arch"].dropna().astype(str))
         return order_archs(found)

@@ -24,6 +24,9 @@ PAPER_SMALLEST_BUDGET = 6e18
 #: fewer runs a ratio than this, and the bootstrap of a slope says too little for a verdict
 MIN_RUNS_FOR_SLOPES = 5
 
+#: a difference of loss by position below this is none [nat/token]
+SMALLEST_EXCESS = 0.01
+
 NO_INFERENCE = "There are no inference measurements: time to first token and step time are left out."
 
 Finding = tuple[str, str, float, float, float, str]
@@ -174,6 +177,40 @@ def _inference(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Fin
             yield "runtime model", text, row.mape_held_out, math.nan, math.nan, "inference/runtime_model"
 
 
+def _length(table: pd.DataFrame) -> Iterator[Finding]:
+    """How far back a model draws on, and what it loses or gains beyond its training context."""
+    if table.empty:
+        text = "No held-out document is longer than a training context: the loss beyond it is not evaluated."
+        yield "length", text, math.nan, math.nan, math.nan, "evaluation/length"
+        return
+    known = table[(table.status == "ok") & table.excess.notna()]  # by context, architecture, run, position
+    for (context, arch, _), rows in known.groupby(["context_length", "arch", "run_id"], sort=False):
+        within, beyond = rows[rows.position_max <= context], rows[rows.position_min > context]
+        if beyond.empty:
+            continue
+        last = beyond.iloc[-1]
+        if not (math.isfinite(last.excess_lo) and math.isfinite(last.excess_hi)):
+            verdict = "there is no interval to tell by"
+        elif last.excess_lo > 0 and last.excess >= SMALLEST_EXCESS:
+            verdict = "it loses by reading on"
+        elif last.excess_hi < 0 and last.excess <= -SMALLEST_EXCESS:
+            verdict = "it gains by reading on"
+        else:
+            verdict = "it neither loses nor gains by reading on"
+        excess = _interval(*(round(x, 3) + 0.0 for x in (last.excess, last.excess_lo, last.excess_hi)), "+.3f")
+        text = (
+            f"{_name(arch)} of {last.num_params:,} parameters, trained at context {context:,}: after "
+            f"{last.position_min / context:.2g} to {last.position_max / context:.2g} times as many tokens its loss, "
+            f"minus that of the same tokens after half a context to a whole one, is {excess} nat/token; {verdict}."
+        )
+        needed = within[within.excess >= SMALLEST_EXCESS]
+        if len(within):
+            reach = int(needed.position_max.max()) if len(needed) else int(within.position_min.min()) - 1
+            text += f" Within the context it draws on about {reach:,} tokens (more of them lower the loss by less than "
+            text += f"{SMALLEST_EXCESS:g})."
+        yield "length", text, last.excess, last.excess_lo, last.excess_hi, "evaluation/length"
+
+
 def _published(provenance: Mapping[str, Any]) -> Iterator[Finding]:
     """What published runs were read from, and what was not there."""
     read = {kind: [s["name"] for s in provenance["sources"] if s["kind"] == kind] for kind in ("log", "table")}
@@ -219,7 +256,8 @@ def findings(
 ) -> pd.DataFrame:
     """The findings of a study from its tables (``runs``, ``fits/…``, ``inference/…``), in the order of the report.
 
-    ``inference``: whether there are tables of inference; ``provenance``: of published runs, as ``ingest`` writes it.
+    ``evaluation/length`` is used where it is there. ``inference``: whether there are tables of inference;
+    ``provenance``: of published runs, as ``ingest`` writes it.
     """
     timed: Iterable[Finding] = (
         _inference(tables["inference/measurements"], tables["inference/runtime_model"])
@@ -232,6 +270,7 @@ def findings(
         *_surface(tables["fits/surface"]),
         *_overtraining(tables["fits/overtraining"]),
         *_forecasts(tables["fits/forecasts"]),
+        *(_length(tables["evaluation/length"]) if "evaluation/length" in tables else ()),
         *timed,
         *_isoflop(tables["fits/isoflop"]),
         *_scope(tables["runs"]),

@@ -1,5 +1,7 @@
 """Synthetic tables of a small study: runs from a known law, fits simple enough to be read here."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 
@@ -305,6 +307,26 @@ def make_curves(runs: pd.DataFrame, start: float = 6.24) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def make_length(archs=("xlstm", "transformer")) -> pd.DataFrame:
+    """`evaluation/length`: the excess falls within the context; beyond it the second architecture fails."""
+    rows = []
+    for k, arch in enumerate(archs):
+        for context in CONTEXTS:
+            edges = [context * 2.0**power for power in range(-7, 4)]
+            for low, high in pairwise(edges):
+                beyond = max(0.0, np.log2(high / context)) * (0.4 if k == 1 else -0.01)
+                excess = 0.0 if high > context else np.nan if high == context else 0.1 * (context / high) ** 0.5
+                row = {"arch": arch, "run_id": f"{arch}-{context}", "context_length": context, "num_params": 100_000}
+                row |= {"position_min": int(low) + 1, "position_max": int(high), "position": (low * high) ** 0.5}
+                row |= {"num_targets": int(9 * (high - low)), "num_documents": 9, "confidence": 0.95}
+                row |= {"loss": 3.4 + beyond + np.nan_to_num(excess), "excess": excess + beyond}
+                for value, reach in (("loss", 0.1), ("excess", 0.005)):
+                    row |= {f"{value}_lo": row[value] - reach, f"{value}_hi": row[value] + reach}
+                few = row["num_targets"] < 30
+                rows.append(row | {"status": "too_few_tokens" if few else "ok", "detail": "few" if few else ""})
+    return pd.DataFrame(rows)
+
+
 def make_tables(archs=("xlstm", "transformer"), runs: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
     """Every table of a study."""
     runs = make_runs(archs) if runs is None else runs
@@ -325,6 +347,7 @@ def make_tables(archs=("xlstm", "transformer"), runs: pd.DataFrame | None = None
         "fits/pareto_ratio": ratio,
         "fits/forecasts": make_forecasts(isoflop),
         "fits/sensitivity": make_sensitivity(laws),
+        "evaluation/length": make_length(archs),
         **make_inference(archs),
     }
 

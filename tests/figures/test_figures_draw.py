@@ -60,7 +60,7 @@ def test_a_study_without_any_row_is_said_not_raised(name, frames):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_missing_table_names_the_stage(name, tmp_path):
-    with pytest.raises(FigureError, match=r"table '.*' is missing .* run stage '(runs|fit|inference)'"):
+    with pytest.raises(FigureError, match=r"table '.*' is missing .* run stage '(runs|fit|inference|evaluate)'"):
         draw(name, Tables(tmp_path))
 
 
@@ -120,6 +120,18 @@ def test_timings_are_those_of_the_table(tables):
     for name in ("ttft", "step_time"):
         seen = offsets(draw(name, tables), "measured-xlstm")
         assert sorted(map(tuple, seen)) == sorted(zip(rows["prefill_length"], rows[f"{name}_s"]))
+
+
+def test_the_loss_by_position_is_that_of_the_table(tables):
+    figure, table = draw("length", tables), tables["evaluation/length"]
+    rows = table[(table["arch"] == "transformer") & (table["context_length"] == 256) & (table["status"] == "ok")]
+    assert len(rows) < len(table) / 6  # bins with few tokens are left out
+    for value in ("loss", "excess"):
+        (line,) = by_gid(figure, f"{value}-transformer-256-transformer-256")
+        expected = np.column_stack([rows["position"] / 256, rows[value]])
+        np.testing.assert_allclose(line.get_xydata(), expected)
+    assert all(line.get_xdata()[0] == 1 for line in by_gid(figure, "training-context-256"))
+    assert "bins are left out" in words(figure)
 
 
 def test_every_run_is_in_the_overview_and_the_diverged_are_crossed(tables):

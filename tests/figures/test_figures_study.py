@@ -76,6 +76,13 @@ def test_every_figure_has_a_caption():
         captions(folder / "none")
 
 
+def test_published_runs_have_no_figure_of_their_models():
+    from xlstm_scaling.figures.study import drawable_names
+
+    assert "length" in drawable_names({"runs": {"source": "trained"}})
+    assert drawable_names({"runs": {"source": "published"}}) == [name for name in FIGURES if name != "length"]
+
+
 def test_default_config_has_the_options_used():
     config = yaml.safe_load((ROOT / "conf" / "figures" / "default.yaml").read_text())
     assert {"formats", "dpi", "only", "base_context", "context_budget", "confidence", "surface"} <= set(config)

@@ -96,6 +96,20 @@ def test_without_inference_the_rest_is_said():
     assert "the FLOPs of xLSTM" in text
 
 
+def test_the_loss_beyond_the_context_is_said_with_its_verdict():
+    from figure_tables import make_length
+
+    length = make_length()
+    text = "\n".join(findings(tables() | {"evaluation/length": length}).statement)
+    assert "trained at context 256: after 4 to 8 times as many tokens its loss, minus that of the same" in text
+    assert "is +1.200 (+1.195 to +1.205) nat/token; it loses by reading on" in text
+    assert "is -0.030 (-0.035 to -0.025) nat/token; it gains by reading on" in text
+    assert "Within the context it draws on about 128 tokens" in text
+    small = length.assign(excess=length.excess / 1000, excess_lo=-0.1)
+    assert "neither loses nor gains" in "\n".join(findings(tables() | {"evaluation/length": small}).statement)
+    assert "is not evaluated" in "\n".join(findings(tables() | {"evaluation/length": length.iloc[:0]}).statement)
+
+
 def test_published_runs_name_their_files_and_what_is_missing():
     provenance = {
         "sources": [{"name": "a.pkl", "kind": "log"}, {"name": "runs.csv", "kind": "table"}],

@@ -38,7 +38,19 @@ def test_the_papers_study_dry_runs(tmp_path):
 
 
 def test_every_stage_is_a_target(tmp_path):
-    for stage in ("tokens", "plan", "certify", "train", "runs", "fit", "inference", "figures", "findings", "report"):
+    for stage in (
+        "tokens",
+        "plan",
+        "certify",
+        "train",
+        "runs",
+        "fit",
+        "inference",
+        "evaluate",
+        "figures",
+        "findings",
+        "report",
+    ):
         assert stage in planned(snakemake("-n", stage, "--config", "study=smoke", cwd=tmp_path))
 
 
@@ -101,6 +113,12 @@ def test_a_setting_of_the_fits_retrains_nothing(finished):
     assert "train_run" not in jobs
     assert "inference" not in jobs
     assert jobs["fit"] == 1
+
+
+@pytest.mark.slow
+def test_a_setting_of_the_evaluation_repeats_what_follows_from_it_alone(finished):
+    jobs = changed(finished, "evaluation.multiple=4")
+    assert {name for name in jobs if name != "all"} == {"evaluate", "figures", "findings", "report"}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ rule figures:
         curves=paths.study / "curves.parquet",
         fits=study.fit_files(".parquet"),
         inference=study.inference_files,
+        evaluation=study.evaluation_files,
         code=study.code("figures"),
     output:
         [

@@ -4,6 +4,7 @@ rule findings:
         runs=paths.study / "runs.parquet",
         fits=study.fit_files(".parquet"),
         inference=study.inference_files,
+        evaluation=study.evaluation_files,
         provenance=study.provenance,
         code=study.code("report"),
     output:
