@@ -261,17 +261,18 @@ class Campaign:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60, help="SIGKILLs, over both architectures (default: 60)")
+    parser.add_argument("--kills", type=int, default=60, help="SIGKILLs, over all architectures (default: 60)")
+    parser.add_argument("--arch", nargs="+", default=["xlstm", "transformer"], choices=["xlstm", "transformer"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
     cases, passed = {}, True
     with tempfile.TemporaryDirectory() as folder:
-        for arch in ("xlstm", "transformer"):
+        for arch in args.arch:
             campaign = Campaign(Path(folder), arch, args.seed)
             found = {
-                "SIGKILL": campaign.kills(math.ceil(args.kills / 2)),
+                "SIGKILL": campaign.kills(math.ceil(args.kills / len(args.arch))),
                 "SIGTERM": campaign.terminated(4),
                 "not finite": campaign.not_finite(),
                 "altered shard": campaign.altered_shard(),
