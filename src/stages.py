@@ -120,7 +120,7 @@ def train(
 def train_trunk(
     trunk: TrunkSpec, hardware: dict, results: Path, progress: bool = True, uncertified: bool = False
 ) -> dict:
-    """Train what some runs share (or find it trained): ``trunks/<trunk_id>/<name>.json``; errors as in `train`."""
+    """Train what some runs share (or find it trained): ``trunks/<trunk_id>/trunk.json``; errors as in `train`."""
     from xlstm_scaling.training.trunk import train_trunk as train_shared
 
     execution = _execution(hardware, results, progress, uncertified)

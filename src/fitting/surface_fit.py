@@ -3,21 +3,20 @@
 The objective is the sum, not the mean, of Huber_delta(ln L - ln L_hat) (Hoffmann et al. 2022, section D.2). It is
 nearly flat along a valley and, for a small delta, has kinks, so the fit goes down a ladder of thresholds:
 
-1. Every start of the grid descends in A, B, E at its own exponents, with threshold 1. Starts that meet (all of eta
-   equal to 1e-6) are one from here on, with the sum of their counts: what follows is the same for them.
-2. Each of them descends in all parameters with threshold 1 until its Newton step promises no gain.
+1. Every start of the grid is brought near its minimum at threshold 1, on pooled runs (`surface_starts`). Starts that
+   meet on the way are one from there on, with the sum of their counts: what follows is the same for them.
+2. What is left descends on all runs with threshold 1 until its Newton step promises no gain.
 3. End points that predict the same losses to 1e-7 are one. The 24 lowest go on to the thresholds 0.1, 0.01 ... down to
    the one that is asked for. Below 0.05, from each rung's best point, fits to randomly weighted runs add end points
    in other basins.
+4. A point that after 40 steps of a rung still moves and lies above twice the best is left behind.
 
-So every start is followed to its end at threshold 1, and below it unless 24 others ended lower; `num_starts_agree`
-counts the starts of the grid whose way ends at the best objective, and those that were left behind never count.
+`num_starts_agree` counts the starts of the grid whose way ends at the best objective; those left behind never count.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -27,18 +26,20 @@ from scipy.optimize import minimize_scalar
 from scipy.special import erf
 
 from .loss_surface import SURFACE_FIELDS, LossSurface
-from .surface_solver import Descent, SurfaceProblem, descend, to_eta, to_theta
+from .surface_solver import Descent, SurfaceProblem, descend, stretch, to_theta
+from .surface_starts import NAMES, approach, start_grid
 
 Array = NDArray[np.float64]
 FORMS = ("gamma_fixed", "gamma_free")
 SAMPLED = (*SURFACE_FIELDS, "exponent_params", "exponent_tokens")
-_NAMES = ("a", "b", "e", "alpha", "beta", "gamma")
 _VANISHING = 1e-3  # a term that is nowhere above this share of the loss has vanished
 _RUNGS = tuple(10.0**-k for k in range(12))  # thresholds of the ladder
-_MEETING = 40  # steps in the amplitudes alone
+_SHORT = 40  # steps of a rung after which hopeless points are left behind:
+_HOPELESS = 2.0  # not converged, and above this multiple of the best objective
+_RESAMPLE_STAGES = (15, 25)  # steps of a resample, after each of which its starts may meet or be left behind
 _CARRIED = 24  # distinct end points, lowest first, that go on to the next rung
-_LEAST_GAMMA = 0.1  # of a start: at gamma = 0, in the paper's grid, no other parameter has a gradient
 _PERTURBED = 16  # randomly weighted fits at each rung below _SMOOTH
+_FAR = 1e7  # largest gamma where it wants to leave its box: the excess over the limit falls like 1 / gamma
 _SMOOTH = 0.05  # no residual of ln loss is larger: there the objective has no kinks
 
 
@@ -66,7 +67,7 @@ class SurfaceFit:
         num_starts: starts of the grid; num_starts_agree: those that end within `agree_rtol` of the best objective.
         num_distinct: starts that were left to follow after the amplitudes had been fitted.
         condition_number: of the Gauss-Newton Hessian JᵀJ with columns of unit length, at centred ln N, ln D.
-        ends: distinct end points of this rung and the best of those above, best first, eta of shape (K, P).
+        ends: distinct end points of this rung and the best of those above, best first, within the box, eta of (K, P).
         problem, weights, centre: what was minimised; weights (n,) or None, centre the means of ln N and ln D.
     """
 
@@ -158,10 +159,9 @@ def fit_surface_ladder(
     lower, upper = _box(y, config["bounds"], dimension)
     problem = SurfaceProblem(n - centre[0], d - centre[1], y, lower, upper)
     starts = start_grid(n, d, y, config, dimension, centre)
-    met = descend(problem, to_eta(starts), _RUNGS[0], counted, max_iterations=_MEETING, amplitudes_only=True)
-    starts, multiplicity = _meet(met.eta)
-    ladder = _Ladder(problem, counted, config, int(multiplicity.sum()), len(starts), centre)
-    rung = ladder.descend(starts, multiplicity, _RUNGS[0])
+    near, multiplicity, distinct = approach(problem, counted, starts, int(config["max_iterations"]))
+    ladder = _Ladder(problem, counted, config, len(starts), distinct, centre)
+    rung = ladder.descend(near, multiplicity, _RUNGS[0])
     rungs = {_RUNGS[0]: rung}
     for delta in _RUNGS[1:]:
         if delta < min(deltas) * (1 - 1e-9):
@@ -176,31 +176,6 @@ def fit_surface_ladder(
         else:
             fits.append(ladder.describe(rungs[nearest]))
     return fits
-
-
-def start_grid(
-    n: Array, d: Array, y: Array, config: Mapping[str, Any], dimension: int, centre: tuple[float, float] | None = None
-) -> Array:
-    """Return the starts in centred parameters, shape (S, P): the paper's grid, then starts scaled to the data.
-
-    The paper's grid is in (ln A, ln B, ln E, alpha, beta, gamma) and suits its N, D. The scaled starts give E as a
-    share of the least loss and split the rest at the centre of ln N, ln D between the two terms, whatever the units.
-    """
-    mean_n, mean_d = (n.mean(), d.mean()) if centre is None else centre
-    grid = np.array(list(itertools.product(*(config["init_grid"][name] for name in _NAMES[:dimension]))), dtype=float)
-    if dimension == 6:
-        grid[:, 5] = np.maximum(grid[:, 5], _LEAST_GAMMA)
-    grid[:, 0] -= grid[:, 3] * mean_n
-    grid[:, 1] -= grid[:, 4] * mean_d
-
-    scaled = config["scaled_grid"]
-    names = ("params_share", "params_share", "irreducible_share", "alpha", "beta", "gamma")[1:dimension]
-    more = np.array(list(itertools.product(*(scaled[name] for name in names))), dtype=float)
-    share, irreducible = more[:, 0].copy(), more[:, 1] * np.exp(y.min())
-    outer = more[:, 4] if dimension == 6 else 1.0
-    inner = np.log(np.exp(y.mean()) - irreducible) / outer
-    head = np.column_stack([inner + np.log(share), inner + np.log1p(-share), np.log(irreducible)])
-    return np.vstack([grid, np.hstack([head, more[:, 2:]])])
 
 
 def bootstrap_surface(fit: SurfaceFit, counts: Array, config: Mapping[str, Any]) -> tuple[Array, int]:
@@ -221,21 +196,27 @@ def bootstrap_surface(fit: SurfaceFit, counts: Array, config: Mapping[str, Any])
     if valid.size == 0:
         return samples, 0
     weights = counts[valid] if fit.weights is None else counts[valid] * fit.weights
-    ended = descend(
-        fit.problem,
-        np.tile(starts, (valid.size, 1)),
-        fit.huber_delta,
-        np.repeat(weights, len(starts), axis=0),
-        max_iterations=int(config["bootstrap_iterations"]),
-        tolerance=1e-9,
-        damping=1e-2,
-    )
-    best = ended.value.reshape(valid.size, -1).argmin(axis=1) + np.arange(valid.size) * len(starts)
-    ended = ended.take(best)
+    owner, eta = np.repeat(np.arange(valid.size), len(starts)), np.tile(starts, (valid.size, 1))
+    left = int(config["bootstrap_iterations"])
+    ended = None
+    for steps in (*_RESAMPLE_STAGES, left):
+        if ended is not None:  # go on with what is neither hopeless nor, within a resample, the same
+            least = np.full(valid.size, np.inf)
+            np.minimum.at(least, owner, ended.value)
+            hopeful = ended.converged | (ended.value <= _HOPELESS * least[owner])
+            _, first = np.unique(np.column_stack([owner, np.round(ended.eta / 1e-3)]), axis=0, return_index=True)
+            kept = first[hopeful[first]]
+            owner, eta = owner[kept], ended.eta[kept]
+        limit = max(min(steps, left), 1)
+        options = {"max_iterations": limit, "tolerance": 1e-9, "damping": 1e-2}
+        ended = descend(fit.problem, eta, fit.huber_delta, weights[owner], **options)
+        left -= limit
+    order = np.lexsort((ended.value, owner))
+    ended = ended.take(order[np.unique(owner[order], return_index=True)[1]])
     for row, eta, good in zip(valid, ended.eta, ended.converged):
         if good:
             surface = _to_surface(eta, fit.centre)
-            samples[row] = (*astuple(surface), surface.exponent_params, surface.exponent_tokens)
+            samples[row] = [getattr(surface, name) for name in SAMPLED]
     return samples, int(ended.converged.sum())
 
 
@@ -345,8 +326,11 @@ class _Ladder:
     ) -> _Rung:
         """Follow the points to their ends at `delta`, add those of perturbed fits, and join what predicts the same."""
         limit = int(self.config["max_iterations"])
-        first = 1.0 if above is None else 1e-3
-        ended = descend(self.problem, eta, delta, self.weights, max_iterations=limit, damping=first)
+        first = descend(self.problem, eta, delta, self.weights, max_iterations=min(limit, _SHORT), damping=1e-3)
+        hopeful = np.flatnonzero(first.converged | (first.value <= _HOPELESS * first.value.min()))
+        eta, multiplicity = first.eta[hopeful], multiplicity[hopeful]
+        rest = max(limit - _SHORT, 1)
+        ended = descend(self.problem, eta, delta, self.weights, max_iterations=rest, damping=1e-3)
         if delta < _SMOOTH and np.isfinite(ended.value).any():
             best = ended.eta[[int(np.argmin(ended.value))] * _PERTURBED]
             noise = np.random.default_rng(0).exponential(size=(_PERTURBED, len(self.problem.log_loss)))
@@ -367,9 +351,34 @@ class _Ladder:
         higher = np.empty((0, eta.shape[1])) if above is None else np.vstack([above.eta[:1], above.above])
         return _Rung(delta, ended.eta, ended.value, ended.converged, total, higher)
 
+    def beyond(self, rung: _Rung) -> Descent:
+        """Return the end points of a rung, those at gamma's upper bound followed beyond it, up to `_FAR`.
+
+        As gamma grows L tends to E + A N^-alpha exp(B D^-beta), or the same with N and D exchanged. The objective may
+        have its minimum on the way, or its infimum at the end: gamma is left free, and set to `_FAR`, too.
+        """
+        problem = self.problem
+        found = Descent(rung.eta.copy(), rung.value.copy(), rung.converged.copy())
+        at_bound = np.flatnonzero(rung.eta[:, 5] >= problem.upper[5]) if rung.eta.shape[1] == 6 else np.empty(0, int)
+        if at_bound.size == 0:
+            return found
+        lower = np.array([-np.inf, -np.inf, problem.lower[2], 0.0, 0.0, problem.lower[5]])
+        upper = np.array([np.inf, np.inf, problem.upper[2], np.inf, np.inf, _FAR])
+        wide, limit = replace(problem, lower=lower, upper=upper), int(self.config["max_iterations"])
+        near = rung.eta[at_bound]
+        for start, held in ((near, ()), (stretch(near, _FAR), (5,))):
+            ended = descend(wide, start, rung.delta, self.weights, max_iterations=limit, held=held)
+            less = np.flatnonzero(ended.value < found.value[at_bound])
+            index = at_bound[less]
+            found.eta[index], found.value[index] = ended.eta[less], ended.value[less]
+            found.converged[index] = ended.converged[less]
+        return found
+
     def describe(self, rung: _Rung) -> SurfaceFit:
         """Return the fit at a rung: the best end point, its status and diagnostics."""
-        problem, config, eta = self.problem, self.config, rung.eta[:1]
+        problem, config, ended = self.problem, self.config, self.beyond(rung)
+        best = int(np.argmin(ended.value))
+        eta, objective = ended.eta[[best]], float(ended.value[best])
         dimension = eta.shape[1]
         weights = np.ones_like(problem.log_loss) if self.weights is None else self.weights
         surface = _to_surface(eta[0], self.centre)
@@ -380,21 +389,24 @@ class _Ladder:
         jacobian = problem.jacobian(eta)[0]
         condition = gauss_newton_condition(np.sqrt(weights)[:, None] * jacobian)
         rtol = float(config["agree_rtol"])
-        limit = rung.value[0] * (1 + rtol) + 1e-20 * len(y)
-        agree = int(rung.multiplicity[rung.value <= limit].sum())
+        limit = objective * (1 + rtol) + 1e-20 * len(y)
+        agree = int(rung.multiplicity[ended.value <= limit].sum())
         likelihood, _ = huber_log_likelihood(residual, rung.delta, weights)
         free, number = dimension + 1, float(weights.sum())  # the scale is a parameter too
 
-        theta = to_theta(eta)[0]
-        hit = [
+        escaped = dimension == 6 and eta[0, 5] > problem.upper[5]
+        hit = [f"gamma = {eta[0, 5]:.3g}"] if escaped else []
+        hit += [
             f"{name} = {shown:.3g}"
-            for name, shown, value, low, high in zip(_NAMES, theta, eta[0], problem.lower, problem.upper)
-            if value <= low + 1e-9 or value >= high - 1e-9
+            for name, shown, value, low, high in zip(NAMES, to_theta(eta)[0], eta[0], problem.lower, problem.upper)
+            if not escaped and (value <= low + 1e-9 or value >= high - 1e-9)
         ]
         least = float(np.exp(y.min()))
         if surface.E / least < _VANISHING:
             hit.append(f"E = {surface.E:.3g} (0)")
         weak = [name for j, name in ((0, "N"), (1, "D")) if jacobian[:, j].max() < _VANISHING]
+        if escaped:  # there one of them holds almost all of the loss, and the other its dependence on N or D
+            weak = []
         if (1.0 - jacobian[:, 2]).max() < _VANISHING:
             weak = ["N", "D"]
         sentences = [
@@ -402,7 +414,7 @@ class _Ladder:
             f" {agree} end within {rtol:g} of the best objective."
         ]
         status = SurfaceStatus.CONVERGED
-        if not rung.converged[0]:
+        if not ended.converged[best]:
             status = SurfaceStatus.MAX_ITER
             sentences.append(f"The best start still moved after {config['max_iterations']} iterations.")
         if condition > float(config["max_condition_number"]) or not np.isfinite(condition):
@@ -413,6 +425,9 @@ class _Ladder:
             sentences.append(f"The term in {' and '.join(weak)} vanishes.")
         if surface.E / least > 1.0:
             sentences.append("E lies above the least loss: the form does not describe the runs.")
+        if escaped:
+            larger, other = ("N", "D") if eta[0, 0] >= eta[0, 1] else ("D", "N")
+            sentences.append(f"As gamma grows the form tends to E + A {larger}^-a exp(B {other}^-b).")
         if hit:
             status = SurfaceStatus.BOUND_HIT
             sentences.append(f"At a bound: {', '.join(hit)}.")
@@ -421,7 +436,7 @@ class _Ladder:
             detail=" ".join(sentences),
             huber_delta=rung.delta,
             surface=surface,
-            objective=float(rung.value[0]),
+            objective=objective,
             rmse_log=math.sqrt(squares / number),
             r2_log=1.0 - squares / variance if variance > 0 else np.nan,
             log_likelihood=likelihood,
@@ -447,19 +462,11 @@ def _refusal(n: Array, d: Array, y: Array, form: str, needed: int) -> tuple[Surf
     return None
 
 
-def _meet(eta: Array) -> tuple[Array, NDArray[np.int64]]:
-    """Return the distinct starts and how many of the grid each stands for; a term below exp(-40) is as good as none."""
-    seen = eta.copy()
-    seen[:, :3] = np.maximum(seen[:, :3], -40.0)
-    _, first, counts = np.unique(np.round(seen, 6), axis=0, return_index=True, return_counts=True)
-    return eta[first], counts.astype(np.int64)
-
-
 def _box(y: Array, bounds: Mapping[str, Any], dimension: int) -> tuple[Array, Array]:
     """Return the box of eta: the bounds of alpha and beta hold for gamma alpha and gamma beta."""
     low, high = np.full(6, -200.0), np.full(6, 200.0)  # ln of the two terms at the centre of the data
     low[2], high[2] = (y.min() + np.log(float(share)) for share in bounds["irreducible_share"])
-    for j, name in enumerate(_NAMES[3:], start=3):
+    for j, name in enumerate(NAMES[3:], start=3):
         low[j], high[j] = (float(value) for value in bounds[name])
     return low[:dimension], high[:dimension]
 

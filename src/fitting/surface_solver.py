@@ -8,11 +8,13 @@ For many starts, resamples and thresholds at once it minimises
 d the centred ln N and ln D. The unknowns are eta = (gamma ln A, gamma ln B, e, gamma alpha, gamma beta[, gamma]): the
 reducible loss is then the 1/gamma-norm of two power laws, so gamma only rounds the place where they cross, and the
 valley along which alpha, beta, ln A and ln B trade against gamma becomes straight. With gamma = 1 nothing changes.
+Above 1 the valley bends in eta too: there a step changes gamma at a fixed gamma z / x, z the smaller of the two terms.
 
 A step is taken in the amplitudes A, B, E, not in their logarithms: L is linear in them (gamma = 1), and a term that has
 nearly vanished comes back in one step instead of crawling up an exponential.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +48,23 @@ def to_theta(eta: Array) -> Array:
     if theta.shape[-1] == 6:
         theta[..., [0, 1, 3, 4]] /= theta[..., 5:]
     return theta
+
+
+def stretch(eta: Array, gamma: Array | float) -> Array:
+    """Return the points of nearly the same loss at other gamma, shape (..., 6), where gamma is large.
+
+    With x the larger and z the smaller term, (x + z)^gamma = x^gamma (1 + z / x)^gamma is x^gamma exp(gamma z / x) but
+    for terms of order 1 / gamma: x^gamma and gamma z are kept.
+    """
+    moved = np.array(eta, dtype=np.float64)
+    ratio = gamma / moved[..., 5]
+    first = moved[..., 0] >= moved[..., 1]
+    for larger, j in ((first, 0), (~first, 1)):
+        other = 1 - j
+        moved[larger, other] = ratio[larger] * (moved[larger, other] - moved[larger, 5] * np.log(ratio[larger]))
+        moved[larger, 3 + other] *= ratio[larger]
+    moved[..., 5] = gamma
+    return moved
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,7 @@ class SurfaceProblem:
         contrast = u - v
         ratio = np.exp(-np.minimum(np.abs(contrast), 100.0))  # no denormal numbers: they are slow
         larger = 1.0 / (1.0 + ratio)
-        inner = np.maximum(u, v) - np.log(larger)
+        inner = np.maximum(u, v) + np.log1p(ratio)  # not ln(larger): gamma multiplies the error
         first = contrast >= 0
         smaller = ratio * larger
         p, q = np.where(first, larger, smaller), np.where(first, smaller, larger)
@@ -227,7 +246,7 @@ def descend(
     max_iterations: int = 300,
     tolerance: float = 1e-12,
     damping: float = 1.0,
-    amplitudes_only: bool = False,
+    held: Iterable[int] = (),
 ) -> Descent:
     """Run a damped, projected Newton method from every row of `eta`.
 
@@ -244,7 +263,7 @@ def descend(
         tolerance: stop when the Newton step predicts a decrease below `tolerance` times the objective (the Newton
             decrement: the gradient measured by the inverse Hessian, so a flat valley does not hide a slope).
         damping: lambda of the first step; less than 1 where the starts are nearly minima.
-        amplitudes_only: hold the exponents (all of eta after the first three).
+        held: indices of the unknowns that keep their start's values.
 
     Returns:
         The end points; their objective never exceeds that of the (clipped) start.
@@ -255,7 +274,7 @@ def descend(
     if weights is not None and np.ndim(weights) == 2:
         weights = np.broadcast_to(weights, (count, len(problem.log_loss)))
     with np.errstate(all="ignore"):
-        return _descend(problem, np.asarray(eta), delta, weights, max_iterations, tolerance, damping, amplitudes_only)
+        return _descend(problem, np.asarray(eta), delta, weights, max_iterations, tolerance, damping, list(held))
 
 
 def _descend(
@@ -266,7 +285,7 @@ def _descend(
     max_iterations: int,
     tolerance: float,
     first_damping: float,
-    amplitudes_only: bool,
+    held: list[int],
 ) -> Descent:
     count, size = start.shape
     lower, upper = problem.lower[:, None], problem.upper[:, None]
@@ -294,8 +313,11 @@ def _descend(
             state = [np.concatenate(pair, axis=-1) for pair in zip(state, fresh)] if state else fresh
             continue
         rows, iteration, damping, eta, value, gradient, hessian, majoriser = state
+        straight = size == 6 and (eta[5] > 1.0).any()
+        if straight:
+            gradient, hessian, majoriser = _straighten(eta, gradient, hessian, majoriser)
         pinned = ((eta <= lower) & (gradient > 0)) | ((eta >= upper) & (gradient < 0))
-        pinned[3:] |= amplitudes_only
+        pinned[held] = True
         scale = majoriser[diagonal, diagonal]
         scale = np.sqrt(np.maximum(scale, 1e-12 * scale.max(axis=0)) + _TINY)
         slope = np.where(pinned, 0.0, gradient / scale)
@@ -307,7 +329,14 @@ def _descend(
             step[:, weak] = _solve(other, slope[:, weak])[0]
         decrement = -(step * slope).sum(axis=0)
         done = (decrement <= tolerance * value + smallest) & (damping <= 0.1) & definite
-        trial = np.clip(_retract(eta, step / scale), lower, upper)
+        trial = _retract(eta, step / scale)
+        if straight:
+            curved = eta[5] > 1.0
+            gamma = np.clip(trial[5], np.where(curved, np.maximum(0.3 * eta[5], lower[5]), lower[5]), upper[5])
+            trial[5] = eta[5]
+            trial = np.where(curved, stretch(trial.T, gamma).T, trial)
+            trial[5] = gamma
+        trial = np.clip(trial, lower, upper)
         tried = (trial, *evaluate(rows, trial))
         better = tried[1] < value
         for k, new in enumerate(tried, start=3):
@@ -334,6 +363,33 @@ def _matrix(matrix: Array, scale: Array, damping: Array, pinned: NDArray[np.bool
     return matrix
 
 
+def _straighten(eta: Array, gradient: Array, hessian: Array, majoriser: Array) -> tuple[Array, Array, Array]:
+    """Return derivatives with respect to unknowns whose gamma, where it is above 1, moves as in `stretch`.
+
+    With j the smaller term, its amplitude is gamma (k - ln gamma) and its exponent gamma times another: for a large
+    gamma the loss hardly depends on gamma at fixed k, while in eta it has a valley that bends.
+    """
+    gamma = eta[5]
+    first = eta[0] >= eta[1]
+    hessian, majoriser, gradient = hessian.copy(), majoriser.copy(), gradient.copy()
+    shear, bend = np.zeros_like(eta), np.zeros_like(eta)
+    for smaller, j in (((gamma > 1.0) & ~first, 0), ((gamma > 1.0) & first, 1)):
+        shear[j] = np.where(smaller, eta[j] / gamma - 1.0, 0.0)
+        shear[3 + j] = np.where(smaller, eta[3 + j] / gamma, 0.0)
+        bend[[j, 3 + j]] = np.where(smaller, gradient[[j, 3 + j]] / gamma, 0.0)
+    for matrix in (hessian, majoriser):
+        image = (matrix * shear).sum(axis=1)
+        corner = matrix[5, 5] + 2.0 * image[5] + (shear * image).sum(axis=0)
+        matrix[5] += image
+        matrix[5, 5] = corner
+    hessian[5] += bend
+    hessian[5, :2] += bend[:2] * shear[:2]  # gamma moves the logarithm of the amplitude, the other step the amplitude
+    hessian[5, 5] += (bend[:2] * (shear[:2] ** 2 - 1.0)).sum(axis=0)
+    hessian[:, 5], majoriser[:, 5] = hessian[5], majoriser[5]
+    gradient[5] += (shear * gradient).sum(axis=0)
+    return gradient, hessian, majoriser
+
+
 def _retract(eta: Array, step: Array) -> Array:
     """Return the point reached by relative steps in A, B (each at its own gamma) and E and plain steps in the rest."""
     moved = eta + step
@@ -346,26 +402,23 @@ def _retract(eta: Array, step: Array) -> Array:
 def _solve(matrix: Array, gradient: Array) -> tuple[Array, NDArray[np.bool_]]:
     """Solve matrix @ step = -gradient by L D Lᵀ for a batch along the last axis; also, whether D was positive.
 
-    Pivots that are not positive are replaced, so that the step is finite and goes down.
+    Pivots that are not positive are replaced, so that the step is finite and goes down. `matrix` is overwritten.
     """
     size = len(matrix)
-    low: list[list[Array]] = [[] for _ in range(size)]
-    pivots: list[Array] = []
+    step = -gradient
+    columns: list[Array] = []
     definite = np.ones(matrix.shape[2], dtype=bool)
     for j in range(size):
-        pivot = matrix[j, j] - sum((low[j][k] ** 2 * pivots[k] for k in range(j)), start=0.0)
+        pivot = matrix[j, j]
         positive = pivot > 1e-14
-        definite &= positive
-        pivots.append(np.where(positive, pivot, np.maximum(np.abs(pivot), 1e-3)))
-        for i in range(j + 1, size):
-            entry = matrix[i, j] - sum((low[i][k] * low[j][k] * pivots[k] for k in range(j)), start=0.0)
-            low[i].append(entry / pivots[j])
-    step = -gradient
-    for i in range(size):
-        for k in range(i):
-            step[i] -= low[i][k] * step[k]
-    for i in reversed(range(size)):
-        step[i] /= pivots[i]
-        for k in range(i + 1, size):
-            step[i] -= low[k][i] * step[k]
+        if not positive.all():
+            definite &= positive
+            pivot = np.where(positive, pivot, np.maximum(np.abs(pivot), 1e-3))
+        column = matrix[j, j + 1 :] / pivot
+        matrix[j + 1 :, j + 1 :] -= column[:, None] * matrix[j, j + 1 :]
+        step[j + 1 :] -= column * step[j]
+        step[j] /= pivot
+        columns.append(column)
+    for j in reversed(range(size - 1)):
+        step[j] -= (columns[j] * step[j + 1 :]).sum(axis=0)
     return step, definite

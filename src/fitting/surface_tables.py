@@ -76,8 +76,8 @@ def fit_surfaces(
 
 def _row(fit: SurfaceFit, delta: float) -> dict[str, Any]:
     row: dict[str, Any] = {"huber_delta": delta, "status": fit.status.value, "detail": fit.detail}
-    names = ("objective", "rmse_log", "r2_log", "num_starts", "num_starts_agree", "condition_number")
-    row |= {name: getattr(fit, name) for name in names}
+    names = ("objective", "rmse_log", "r2_log", "log_likelihood", "aic", "bic")
+    row |= {name: getattr(fit, name) for name in (*names, "num_starts", "num_starts_agree", "condition_number")}
     if fit.surface is not None:
         row |= asdict(fit.surface)
         row |= {"exponent_params": fit.surface.exponent_params, "exponent_tokens": fit.surface.exponent_tokens}

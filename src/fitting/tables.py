@@ -34,7 +34,8 @@ COLUMNS: dict[str, list[str]] = {
     "power_law_bands": _columns("arch context_length variable predictor isoflop_tag predictor_value value±"),
     "surface": _columns(
         "arch context_length subset form huber_delta A± B± E± alpha± beta± gamma± exponent_params± exponent_tokens±",
-        "objective rmse_log r2_log num_runs num_starts num_starts_agree condition_number status detail",
+        "objective rmse_log r2_log log_likelihood aic bic num_runs num_starts num_starts_agree condition_number",
+        "status detail",
     ),
     "surface_predictions": _columns(
         "arch context_length subset form run_id num_params num_tokens val_loss predicted_loss"

@@ -166,6 +166,8 @@ class HardwareConfig:
     """Where runs run. Never part of a run's identity.
 
     ``name``: of the kernels' certificate. ``certification``: of kernels before they train, quick or full.
+    ``devices_per_run``: of one node, by torchrun; ``shard``: none (every device holds all parameters), full, or the
+    number of devices that share them.
     """
 
     name: str = "auto"
@@ -173,6 +175,9 @@ class HardwareConfig:
     threads_per_run: int = 1
     flops_per_s: float = 5e10
     peak_flops: float | None = None
+    devices_per_run: int = 1
+    shard: Any = "none"
+    activation_checkpointing: bool = False
     micro_batch_sequences: int | None = None
     checkpoint_interval_s: float = 30.0
     warm_start: bool = True
@@ -283,6 +288,7 @@ def check(composed: DictConfig) -> DictConfig:
         raise ConfigError(f"configuration groups missing: {', '.join(missing)}")
     _check_choice("runs.source", result.runs.source, ("trained", "published"))
     _check_choice("training.schedule.decay", result.training.schedule.decay, ("cosine", "constant"))
+    _check_devices(result.hardware)
     for tracker in result.hardware.trackers:
         _check_choice("hardware.trackers", tracker, ("tensorboard", "wandb"))
     OmegaConf.set_readonly(result, True)
@@ -292,6 +298,17 @@ def check(composed: DictConfig) -> DictConfig:
 def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ConfigError(f"{key} must be {' or '.join(known)}, got {value!r}")
+
+
+def _check_devices(hardware: DictConfig) -> None:
+    shard, devices = hardware.shard, hardware.devices_per_run
+    if devices < 1:
+        raise ConfigError(f"hardware.devices_per_run must be at least 1, got {devices}")
+    number = isinstance(shard, int) and not isinstance(shard, bool) and shard >= 1
+    if shard not in ("none", "full") and not number:
+        raise ConfigError(f"hardware.shard must be none, full or a number of devices, got {shard!r}")
+    if devices > 1 and hardware.compile:
+        raise ConfigError("hardware.compile is for one device a run: set hardware.compile=false")
 
 
 def _first_line(error: Exception) -> str:

@@ -141,11 +141,6 @@ class TrunkSpec:
         return replace(self.runs[0], num_train_steps=self.steps[-1], cooldown_steps=0)
 
     @property
-    def name(self) -> str:
-        """The trunk and its branches: other branches are another file."""
-        return f"branches-{digest(self.steps)[:10]}"
-
-    @property
     def saved_flops(self) -> float:
         """What the runs would cost beyond this, each on its own."""
         return (sum(run.branch_step for run in self.runs) - self.steps[-1]) * self.runs[0].flops_per_step

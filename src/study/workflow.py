@@ -170,12 +170,12 @@ class WorkflowStudy:
         """Trunk id -> what some runs share."""
         return {trunk.trunk_id: trunk for trunk in find_trunks(self.runs.values())}
 
-    def trunk_of(self, run_id: str) -> list[Path]:
+    def trunk_of(self, run_id: str, ancient: Callable[[str], str]) -> list[str]:
         """What the run waits for of its trunk, while it has no result; [] without a trunk."""
         trunk = self.trunks.get(self.runs[run_id].trunk_id or "")
-        if trunk is None or self.result(run_id).exists():
+        if trunk is None:
             return []
-        return [self.paths.trunks / trunk.trunk_id / f"{trunk.name}.json"]
+        return [self.for_run(run_id, str(self.paths.trunks / trunk.trunk_id / "trunk.json"), ancient)]
 
     def result(self, run_id: str) -> Path:
         return self.paths.runs / run_id / "result.json"

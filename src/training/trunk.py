@@ -66,9 +66,9 @@ class Trunk(Run):
 
 
 def train_trunk(trunk: TrunkSpec, tokens_folder: Path, folder: Path, execution: Execution | None = None) -> dict:
-    """Train the shared part of some runs in ``folder`` (or find it trained) and write ``<name>.json``."""
+    """Train the shared part of some runs in ``folder`` (or find it trained) and write ``trunk.json``."""
     run = Trunk(trunk, tokens_folder, folder, execution or Execution())
     result = run.execute()
     if run.parallel.leader:
-        write_json_atomic(Path(folder) / f"{trunk.name}.json", result)
+        write_json_atomic(Path(folder) / "trunk.json", result)
     return result

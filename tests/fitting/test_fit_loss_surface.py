@@ -14,9 +14,18 @@ from xlstm_scaling.fitting.surface_fit import (
     compare_forms,
     fit_surface_ladder,
     huber_log_likelihood,
-    start_grid,
 )
-from xlstm_scaling.fitting.surface_solver import SurfaceProblem, descend, to_eta, to_theta
+from xlstm_scaling.fitting.surface_solver import (
+    SurfaceProblem,
+    _retract,
+    _straighten,
+    descend,
+    stretch,
+    to_eta,
+    to_theta,
+)
+from xlstm_scaling.fitting.surface_starts import approach, balance, meet, pool_runs, start_grid
+from xlstm_scaling.fitting.surface_tables import fit_surfaces
 
 exponents = st.floats(0.1, 1.0)
 FORMS = ("gamma_fixed", "gamma_free")
@@ -83,6 +92,29 @@ def test_gradient_and_hessian_are_those_of_finite_differences(seed, dimension):
         slopes = [task.derivatives(place[:, None], delta, weights)[1][:, 0] for place in (ahead, behind)]
         if np.abs(size - delta).min() > 1e-4:  # the second derivative jumps where a residual equals delta
             np.testing.assert_allclose(logs[j], (slopes[0] - slopes[1]) / 2e-6, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("smaller", [0, 1])
+def test_straightened_derivatives_are_those_of_finite_differences(smaller):
+    """Along steps that change gamma as `stretch` does, where it is above 1."""
+    task = problem(6)
+    eta = np.array([0.3, 0.2, 0.4, 0.35, 0.3, 2.5])
+    eta[smaller] = -1.9
+    _, *derivatives, majoriser = task.derivatives(eta[:, None], 10.0)
+    gradient, hessian, _ = _straighten(eta[:, None], *derivatives, majoriser)
+
+    def value(step):
+        moved = _retract(eta[:, None], step[:, None])[:, 0]
+        gamma, moved[5] = moved[5], eta[5]
+        return task.value(stretch(moved, gamma)[None], 10.0)[0]
+
+    size, unit = 1e-4, np.eye(6)
+    for i in range(6):
+        slope = (value(size * unit[i]) - value(-size * unit[i])) / (2 * size)
+        assert gradient[i, 0] == pytest.approx(slope, rel=1e-6, abs=1e-8)
+        for j in range(6):
+            corners = [value(size * (a * unit[i] + b * unit[j])) * a * b for a in (1, -1) for b in (1, -1)]
+            assert hessian[i, j, 0] == pytest.approx(sum(corners) / (4 * size**2), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("dimension", [5, 6])
@@ -192,7 +224,7 @@ def test_amplitudes_are_the_best_at_their_exponents(dimension):
     n, d, y = task.log_params, task.log_tokens, task.log_loss
     starts = np.array([some_theta(seed, dimension) for seed in range(12)])
     starts[:, 3:] = some_theta(3, dimension)[3:]
-    ended = descend(task, to_eta(starts), 0.05, amplitudes_only=True)
+    ended = descend(task, to_eta(starts), 0.05, held=range(3, dimension))
     assert ended.converged.all()
     np.testing.assert_array_equal(ended.eta[:, 3:], to_eta(starts)[:, 3:])
     values = ended.value
@@ -235,6 +267,119 @@ def test_what_cannot_be_fitted_says_so(config, name, status):
     assert len(fit.detail) > 10
     if fit.surface is None:
         assert np.isnan(fit.objective)
+
+
+def test_pooled_runs_keep_their_means():
+    task, weights = problem(5, runs=180), np.random.default_rng(2).integers(1, 4, 180).astype(float)
+    pooled, counts = pool_runs(task, weights, 32)
+    assert len(counts) == len(pooled.log_loss) == 32
+    assert counts.sum() == weights.sum()
+    for name in ("log_params", "log_tokens", "log_loss"):
+        assert counts @ getattr(pooled, name) == pytest.approx(weights @ getattr(task, name), rel=1e-12)
+    few = problem(5, runs=20)
+    pooled, counts = pool_runs(few, None, 32)
+    np.testing.assert_array_equal(np.sort(pooled.log_loss), np.sort(few.log_loss))
+    np.testing.assert_array_equal(counts, 1.0)
+
+
+@pytest.mark.parametrize("dimension", [5, 6])
+def test_balanced_starts_have_the_best_scale_and_floor(dimension):
+    """At the start's exponents and ratio A : B no other common scale and E fit better, in relative squares."""
+    task, weights = problem(dimension), np.random.default_rng(0).uniform(0.5, 2, 15)
+    starts = np.array([to_eta(some_theta(seed, dimension)) for seed in range(20)])
+    starts[:, :3] += np.random.default_rng(1).uniform(-3, 3, (20, 1))
+    found = balance(task, weights, starts)
+    np.testing.assert_array_equal(found[:, 3:], starts[:, 3:])
+    np.testing.assert_allclose(found[:, 0] - found[:, 1], starts[:, 0] - starts[:, 1], atol=1e-12)
+
+    def misfit(eta):
+        return ((1 - np.exp(task.predict(eta) - task.log_loss)) ** 2) @ weights
+
+    inside = (found[:, 2] > task.log_loss.min() + np.log(0.0101)) & (found[:, 2] < task.log_loss.min() + np.log(0.949))
+    assert inside.sum() > 3
+    least = misfit(found)
+    for scale, floor in ((1e-3, 0.0), (-1e-3, 0.0), (0.0, 1e-3), (0.0, -1e-3), (1e-3, -1e-3)):
+        other = misfit(found + np.r_[scale, scale, floor, np.zeros(dimension - 3)])
+        assert (other[inside] >= least[inside] * (1 - 1e-12)).all()
+
+
+def test_a_term_that_is_nowhere_seen_is_raised():
+    task = problem(6)
+    start = to_eta(np.array([0.2, -60.0, 0.5, 0.3, 0.4, 0.7]))[None]
+    p, q, *_ = task._forward(balance(task, np.ones(15), start).T)
+    assert (q / p).max() == pytest.approx(math.exp(-12), rel=1e-6)
+
+
+def test_starts_that_meet_are_counted():
+    eta = np.array([[0.0, -50.0, 0.1, 0.5, 0.5], [1e-9, -60.0, 0.1, 0.5, 0.5], [0.3, -50.0, 0.1, 0.5, 0.5]])
+    distinct, counts = meet(eta, np.array([2, 3, 4]), 1e-6)
+    assert sorted(counts) == [4, 5]
+    assert len(distinct) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_start_gets_lost_on_the_way(config, form):
+    """Every start is counted, and followed on all runs without any short cut none ends lower."""
+    data, surface = noisy(num_runs=60), small(config)
+    fit = fit_surface(*data, surface, form=form, huber_delta=1.0)
+    n, d, y = (np.log(values) for values in data)
+    starts = start_grid(n, d, y, surface, 5 + (form == "gamma_free"))
+    near, multiplicity, distinct = approach(fit.problem, None, starts, 200)
+    assert multiplicity.sum() == len(starts) == fit.num_starts
+    assert len(near) <= distinct == fit.num_distinct
+    each = descend(fit.problem, to_eta(starts), 1.0)
+    assert fit.objective <= each.value.min() * (1 + 1e-9)
+
+
+def test_stretched_points_predict_nearly_the_same():
+    task = problem(6)
+    for theta in ([0.02, -3.0, 0.3, 0.02, 0.2, 30.0], [-3.0, 0.02, 0.3, 0.2, 0.02, 30.0]):
+        eta = to_eta(np.array(theta))[None]
+        shifts = [np.abs(task.predict(stretch(eta, 30.0 * k)) - task.predict(eta)).max() for k in (1.0, 1e2, 1e4)]
+        assert shifts[0] < 1e-12
+        assert max(shifts) < 0.2
+
+
+@pytest.mark.parametrize(("seed", "noise"), [(6, 3e-4), (6, 2e-3), (5, 3e-4), (4, 3e-4)])
+def test_gamma_that_leaves_its_box_is_followed(config, seed, noise):
+    """Runs of E + A N^-a exp(B D^-b): the form tends to it as gamma grows. Seeds 4 and 5 have a minimum on the way."""
+    num_params, num_tokens = points(20)
+    noise = np.exp(noise * np.random.default_rng(seed).normal(size=20))
+    loss = 0.6 + 3.0 * num_params**-0.07 * np.exp(6.0 * num_tokens**-0.2) * noise
+    fits = fit_surface_ladder(num_params, num_tokens, loss, small(config), form="gamma_free", deltas=[1.0, 1e-3])
+    n, d, y = (np.log(values) for values in (num_params, num_tokens, loss))
+    n, d = n - n.mean(), d - d.mean()
+
+    def form(unknowns, delta):
+        """Gamma from 1 to infinity is g from 1 to 0; at g = 0 the form is the limit itself."""
+        e, a, alpha, b, beta, g = *unknowns[:5], np.clip(unknowns[5], 0.0, 1.0)
+        term = np.exp(b - beta * d - g * (a - alpha * n))
+        size = np.abs(y - np.logaddexp(e, a - alpha * n + (term if g < 1e-12 else np.log1p(g * term) / g)))
+        return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)).sum()
+
+    for fit in fits:
+        assert fit.status == "bound_hit"
+        assert fit.surface.gamma > 10
+        assert "As gamma grows" in fit.detail
+        assert fit.num_starts_agree > fit.num_starts // 2
+        best = np.array([np.log(0.6), 0.3, 0.07, np.log(6.0) - 0.2 * np.log(num_tokens).mean(), 0.2, 0.05])
+        for _ in range(10):
+            options = {"xatol": 1e-12, "fatol": 1e-18, "maxiter": 20_000, "maxfev": 20_000}
+            found = minimize(form, best, fit.huber_delta, method="Nelder-Mead", options=options)
+            best = found.x
+        assert fit.objective <= found.fun * (1 + 1e-6)
+
+
+def test_table_holds_likelihood_and_criteria(config, make_runs):
+    config["surface"] |= {"subsets": ["all"], "sensitivity_deltas": [1.0], "bootstrap_starts": 2}
+    small(config)
+    config["num_resamples"] = 4
+    table, _ = fit_surfaces(make_runs(noise=0.002, archs=("xlstm",)), config)
+    number = table["num_runs"] * 1.0
+    free = 6 + (table["form"] == "gamma_free")
+    np.testing.assert_allclose(table["aic"], 2 * free - 2 * table["log_likelihood"])
+    np.testing.assert_allclose(table["bic"], free * np.log(number) - 2 * table["log_likelihood"])
+    assert np.isfinite(table["log_likelihood"]).all()
 
 
 def test_unknown_form(config):

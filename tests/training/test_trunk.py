@@ -68,7 +68,7 @@ def test_branches_have_the_bits_of_runs_of_their_own(trunk, tokens_folder, alone
     assert seen == list(range(48))
     assert result["status"] == "ok"
     assert result["steps"] == [16, 32, 48]
-    assert json.loads((tmp_path / "trunk" / f"{trunk.name}.json").read_text()) == result
+    assert json.loads((tmp_path / "trunk" / "trunk.json").read_text()) == result
     seen.clear()
     assert_branches_equal(trunk, tokens_folder, tmp_path / "trunk", alone, tmp_path)
     assert seen == [*range(16, 20), *range(32, 40), *range(48, 60)]
