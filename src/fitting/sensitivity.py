@@ -55,7 +55,7 @@ def _variants(
         if convention == "paper":
             continue
         flops = [_flops(run, convention) for run in members.itertuples()]
-        means = members.assign(counted=flops).groupby(cell)["counted"].mean()
+        means = members.assign(counted=flops).groupby(cell)["counted"].mean().to_dict()
         yield (
             f"flops_{convention}",
             *(

@@ -12,7 +12,7 @@ import hashlib
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,27 +190,35 @@ class Checkpoints(CheckpointFolder):
 
     def save_sharded(self, step: int, model: nn.Module, optimizer: Optimizer, plain: dict[str, Any]) -> Path:
         """Every process's shards, and ``plain`` values. Raises DiskFullError or CheckpointError on all processes."""
-        parallel, path = self.parallel, self.folder / f"step-{step}.sharded"
+        path = self.folder / f"step-{step}.sharded"
         temporary = self.folder / f".step-{step}.sharded.tmp"
-        if parallel.leader:
+        self._together(self._prepare, temporary)
+        self._together(write_tensors, temporary, model, optimizer)
+        files = {name: entry for said in self._together(self._own_files, temporary) for name, entry in said.items()}
+        names = list(_tensors(model, optimizer.state_dict()["state"]))
+        self._together(self._commit, temporary, path, plain, names, files)
+        return path
+
+    def _together(self, function: Callable, temporary: Path, *arguments: Any) -> list[Any]:
+        """What ``function`` returns on each process; an error of one is raised on all, and leaves nothing half-written.
+        """
+        outcome, problem = None, None
+        try:
+            outcome = function(temporary, *arguments)
+        except (OSError, CheckpointError) as error:
+            problem = error
+        said = self.parallel.gather((outcome, problem))
+        problem = next((problem for _, problem in said if problem is not None), None)
+        if problem is not None:
+            if self.parallel.leader:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise problem
+        return [outcome for outcome, _ in said]
+
+    def _prepare(self, temporary: Path) -> None:
+        if self.parallel.leader:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True, exist_ok=True)
-        parallel.share(None)
-        problem: Exception | None = None
-        try:
-            write_tensors(temporary, model, optimizer)
-            files = parallel.gather(self._own_files(temporary))
-            names = list(_tensors(model, optimizer.state_dict()["state"]))
-            if parallel.leader:
-                self._commit(temporary, path, plain, names, {k: v for said in files for k, v in said.items()})
-        except (OSError, CheckpointError) as error:
-            if parallel.leader:
-                shutil.rmtree(temporary, ignore_errors=True)
-            problem = error
-        problem = next((error for error in parallel.gather(problem) if error is not None), None)
-        if problem is not None:
-            raise problem
-        return path
 
     def _own_files(self, folder: Path) -> dict[str, dict]:
         """Size and digest of the files that this process wrote."""
@@ -219,7 +227,9 @@ class Checkpoints(CheckpointFolder):
         return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in own}
 
     def _commit(self, temporary: Path, path: Path, plain: dict, names: list[str], files: dict[str, dict]) -> None:
-        """Write the manifest and give the folder its name."""
+        """Process 0 writes the manifest and gives the folder its name."""
+        if not self.parallel.leader:
+            return
         manifest = {"kind": KIND, "format": FORMAT_VERSION, "world": self.parallel.world, "plain": plain}
         manifest |= {"tensors": names, "files": files}
         write_json_atomic(temporary / MANIFEST, manifest | {"digest": digest(manifest)})

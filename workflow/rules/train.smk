@@ -1,3 +1,12 @@
+# several devices a run: a process each, by torchrun (docs/distribution.md)
+DEVICES = study.config.hardware.devices_per_run
+TRAIN = (
+    "xlstm-scaling train"
+    if DEVICES == 1
+    else f"torchrun --standalone --nproc-per-node {DEVICES} -m -- xlstm_scaling.cli train"
+)
+
+
 rule train:
     """All runs of the study."""
     input:
@@ -14,23 +23,26 @@ if study.trunks:
             certificate=rules.certify.output.certificate,
             tokens=paths.tokens / "meta.json",
         output:
-            branches=paths.trunks / "{trunk}" / "{branches}.json",
+            branches=paths.trunks / "{trunk}" / "trunk.json",
         log:
-            LOGS / "trunks" / "{trunk}-{branches}.log",
+            LOGS / "trunks" / "{trunk}.log",
         benchmark:
-            LOGS / "trunks" / "{trunk}-{branches}.tsv"
+            LOGS / "trunks" / "{trunk}.tsv"
         conda:
             "../envs/xlstm-scaling.yaml"
-        threads: study.config.hardware.threads_per_run
+        threads: study.config.hardware.threads_per_run * DEVICES
         resources:
+            command=TRAIN,
             mem_mb=1500,
             runtime=lambda wildcards: max(10, round(3 * study.estimated_time_s(wildcards.trunk) / 60)),
         params:
             results=paths.results,
+            # another length is another branch
+            steps=lambda wildcards: study.trunks[wildcards.trunk].steps,
         message:
             "training {wildcards.trunk}"
         shell:
-            "xlstm-scaling train --results {params.results} --plan {input.plan} --trunk {wildcards.trunk} 2> {log} >&2"
+            "{resources.command} --results {params.results} --plan {input.plan} --trunk {wildcards.trunk} 2> {log} >&2"
 
 
 rule train_run:
@@ -41,7 +53,7 @@ rule train_run:
         plan=lambda wildcards: study.for_run(wildcards.run, rules.plan.output.plan, ancient),
         certificate=lambda wildcards: study.for_run(wildcards.run, rules.certify.output.certificate, ancient),
         tokens=paths.tokens / "meta.json",
-        trunk=lambda wildcards: study.trunk_of(wildcards.run),
+        trunk=lambda wildcards: study.trunk_of(wildcards.run, ancient),
     output:
         result=paths.runs / "{run}" / "result.json",
     log:
@@ -50,8 +62,9 @@ rule train_run:
         LOGS / "runs" / "{run}.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
-    threads: study.config.hardware.threads_per_run
+    threads: study.config.hardware.threads_per_run * DEVICES
     resources:
+        command=TRAIN,
         mem_mb=1500,
         runtime=lambda wildcards: max(10, round(3 * study.estimated_time_s(wildcards.run) / 60)),
     params:
@@ -59,4 +72,4 @@ rule train_run:
     message:
         "training {wildcards.run}"
     shell:
-        "xlstm-scaling train --results {params.results} --plan {input.plan} --run {wildcards.run} 2> {log} >&2"
+        "{resources.command} --results {params.results} --plan {input.plan} --run {wildcards.run} 2> {log} >&2"
