@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -143,6 +144,9 @@ def _execution(
 ) -> Execution:
     from xlstm_scaling.training.execution import Execution
 
+    devices = hardware.get("devices_per_run", 1)
+    if devices > 1 and "WORLD_SIZE" not in os.environ:
+        log.warning("hardware.devices_per_run = %d, but without torchrun one device trains", devices)
     return Execution(
         device=hardware["device"],
         threads=hardware["threads_per_run"],

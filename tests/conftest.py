@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels are interpreted; read when Triton is imported
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that they do not run alone at the end where files are spread over processes."""
+    items.sort(key=lambda item: "workflow" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def paper() -> Path:
     """The folder of the paper's published evidence: $XLSTM_SCALING_PAPER, or ``shared/paper`` beside the repository."""

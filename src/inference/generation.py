@@ -1,11 +1,80 @@
-"""Generation with a state (xLSTM) or a cache (Transformer): read the prompt, then one token a step."""
+"""Generation with a state (xLSTM) or a cache (Transformer): read the prompts, then one token a step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from xlstm_scaling.models import LanguageModel
+
+#: steps between two looks at the stop condition on a GPU, each of which waits for the device
+STEPS_BETWEEN_CHECKS = 16
+#: steps whose random numbers go to the device at a time
+STEPS_DRAWN = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    ``temperature``: 0 takes the most likely token, otherwise that of the softmax that is sampled. ``top_k``: sample
+    among the k most likely tokens. ``top_p``: among the fewest most likely tokens (of those k) whose probabilities sum
+    to p or more (Holtzman et al., 2020). ``seed``: sequence i of a batch draws with ``seed + i``.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+    def uniforms(self, batch: int, steps: int = STEPS_DRAWN) -> Iterator[Tensor]:
+        """What the draws are made from, ``steps`` at a time, the same for any number: (B, steps) fp64 in [0, 1)."""
+        rows = [np.random.default_rng(self.seed + row) for row in range(batch)]
+        while True:
+            yield torch.from_numpy(np.stack([row.random(steps) for row in rows]))
+
+
+GREEDY = Sampling()
+
+
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:
+    """Next tokens (B,) int64 of logits (B, V); ``uniform`` (B,) fp64 in [0, 1), if they are sampled.
+
+    A draw inverts the cumulative distribution in fp64: equal logits and numbers give equal tokens on every device.
+    """
+    if uniform is None:
+        return logits.argmax(-1)
+    logits, index = logits.double(), None
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    if sampling.top_k is not None:
+        logits, index = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
+    elif sampling.top_p is not None:
+        logits, index = logits.sort(dim=-1, descending=True, stable=True)
+    share = logits.softmax(-1)
+    total = share.cumsum(-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        total = share.masked_fill(total - share >= sampling.top_p, 0.0).cumsum(-1)
+    choice = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)  # never one of share 0
+    choice = choice.clamp_max(logits.shape[-1] - 1)
+    return (choice if index is None else index.gather(-1, choice))[:, 0]
 
 
 @torch.inference_mode()
@@ -16,7 +85,7 @@ def prefill(model: LanguageModel, tokens: Tensor, state: list, chunk: int | None
 
     Args:
         model: a language model.
-        tokens: (B, T) int64, T of at least 1.
+        tokens: (B, T) int64, T of at least 1; on any device, a chunk at a time goes to the model's.
         state: of ``model.init_state``, with room for T more tokens; a cache is filled in place.
         chunk: tokens of one forward pass; None reads all at once.
 
@@ -26,43 +95,137 @@ def prefill(model: LanguageModel, tokens: Tensor, state: list, chunk: int | None
     Raises:
         ValueError: no token, a chunk below 1, or a cache that is too short.
     """
-    length = tokens.shape[1]
+    length, device = tokens.shape[1], model.head.weight.device
     if length < 1:
         raise ValueError("prefill needs at least one token")
     if chunk is not None and chunk < 1:
         raise ValueError(f"prefill chunk must be at least 1 token, got {chunk}")
     start = 0
     while chunk is not None and length - start > chunk:
-        _, state = model.hidden(tokens[:, start : start + chunk], None, state)  # no logits before the last token
+        _, state = model.hidden(tokens[:, start : start + chunk].to(device), None, state)  # no logits but the last
         start += chunk
-    return model.prefill(tokens[:, start:], state)
+    return model.prefill(tokens[:, start:].to(device), state)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Next tokens (B,) int64 of logits (B, V): the largest at temperature 0, else a draw.
+@torch.inference_mode()
+def prefill_batch(
+    model: LanguageModel, prompts: Sequence[Tensor], room: int, chunk: int | None = None
+) -> tuple[Tensor, list]:
+    """Read prompts of any lengths, longest first, into one state with room for ``room`` more tokens of each.
 
-    Drawn from softmax(logits / temperature); ``top_k`` keeps the k largest logits.
+    Prompts of one length are read together, others apart; a cache is aligned at its end, so that all sequences go on
+    in the same slot, at positions of their own.
+
+    Args:
+        model: a language model.
+        prompts: B tensors (T_i,) int64, T_i not increasing.
+        room: tokens to come.
+        chunk: tokens of one forward pass; None reads a prompt at once.
+
+    Returns:
+        Logits of the last tokens (B, V), and the state of the batch.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kept, index = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        choice = torch.multinomial(kept.softmax(-1), 1, generator=generator)
-        return index.gather(-1, choice)[:, 0]
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    longest = len(prompts[0])
+    state = model.init_state(len(prompts), longest + room)
+    if len(prompts[-1]) == longest:
+        return prefill(model, torch.stack(list(prompts)), state, chunk)
+    logits, start = [], 0
+    for length, group in groupby(prompts, len):
+        tokens = torch.stack(list(group))
+        rows, padding = slice(start, start + len(tokens)), longest - length
+        part = [block.take_rows(whole, rows, padding) for block, whole in zip(model.blocks, state)]
+        last, part = prefill(model, tokens, part, chunk)
+        for block, whole, one in zip(model.blocks, state, part):
+            block.put_rows(whole, rows, one, padding)
+        logits.append(last)
+        start = rows.stop
+    return torch.cat(logits), state
 
 
-def _check_prompt(model: LanguageModel, prompt_ids: Tensor) -> Tensor:
-    prompt = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids
-    if prompt.dim() != 2 or prompt.numel() == 0:
-        raise ValueError(f"prompt_ids must be (T,) or (B, T) with at least one token, got {tuple(prompt_ids.shape)}")
+def state_bytes(model: LanguageModel, batch: int, length: int) -> int:
+    """Bytes of the state or cache of a batch with room for ``length`` tokens, of a model on the meta device."""
+    state = model.blocks[0].init_state(batch, length, model.compute_dtype)
+    tensors = state if isinstance(state, tuple) else (state.k, state.v)
+    return len(model.blocks) * sum(x.nbytes for x in tensors)
+
+
+def _check_prompt(model: LanguageModel, prompt: Tensor, name: str = "prompt_ids") -> Tensor:
+    if prompt.numel() == 0:
+        raise ValueError(f"{name} must hold at least one token")
     if prompt.is_floating_point() or prompt.dtype == torch.bool:
-        raise ValueError(f"prompt_ids must be integers, got {prompt.dtype}")
-    vocab_size = model.shape.vocab_size
-    if int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size:
-        raise ValueError(f"prompt_ids must lie in [0, {vocab_size}), got {int(prompt.min())} to {int(prompt.max())}")
-    return prompt.long().to(model.head.weight.device)
+        raise ValueError(f"{name} must be integers, got {prompt.dtype}")
+    vocab_size, least, most = model.shape.vocab_size, int(prompt.min()), int(prompt.max())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"{name} must lie in [0, {vocab_size}), the vocabulary, got {least} to {most}")
+    return prompt.long()
+
+
+@torch.inference_mode()
+def stream(
+    model: LanguageModel,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    prefill_chunk: int | None = None,
+    eod_id: int | None = None,
+    steps: int | None = None,
+) -> Iterator[Tensor]:
+    """Continue prompts of any lengths together, and hand out what is new as it comes.
+
+    A sequence's logits are those that it has alone. Tokens stay on the device; only the stop condition is looked at.
+
+    Args:
+        model: a language model; its mode and its weights stay as they are.
+        prompts: B tensors (T_i,) of integers.
+        max_new_tokens: most tokens to add to each.
+        sampling: how tokens are chosen.
+        prefill_chunk: tokens of a prompt in one forward pass; None reads it at once.
+        eod_id: a sequence that produced this token is over and filled up with it; all over, generation stops.
+        steps: tokens handed out at a time; by default 1 on a CPU, STEPS_BETWEEN_CHECKS elsewhere.
+
+    Yields:
+        (B, k) int64 on the model's device: first one token each, then up to ``steps``.
+
+    Raises:
+        ValueError: no or an empty prompt, an id outside the vocabulary, or a setting outside its range.
+    """
+    if not prompts:
+        raise ValueError("there is no prompt")
+    several = len(prompts) > 1
+    checked = [_check_prompt(model, p, f"prompt {i}" if several else "prompt") for i, p in enumerate(prompts, 1)]
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if max_new_tokens == 0:
+        return
+    device, batch = model.head.weight.device, len(checked)
+    steps = steps or (1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS)
+    order = sorted(range(batch), key=lambda i: -len(checked[i]))
+    inverse = torch.tensor(sorted(range(batch), key=order.__getitem__), device=device)
+    ordered = order == list(range(batch))
+    uniforms, drawn = sampling.uniforms(batch), None
+    logits, state = prefill_batch(model, [checked[i] for i in order], max_new_tokens, prefill_chunk)
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    block, over = [], []
+    for step in range(max_new_tokens):
+        if sampling.temperature > 0 and step % STEPS_DRAWN == 0:
+            drawn = next(uniforms)[order].to(device)
+        token = choose(logits, sampling, None if drawn is None else drawn[:, step % STEPS_DRAWN])
+        if eod_id is not None:
+            token = token.masked_fill(finished, eod_id)
+            finished = finished | (token == eod_id)
+            over.append(finished.all())
+        block.append(token)
+        last = step + 1 == max_new_tokens
+        if last or step % steps == 0:
+            new = torch.stack(block, 1)
+            new = new if ordered else new[inverse]
+            if over and bool(over[-1]):
+                yield new[:, : torch.stack(over).tolist().index(True) + 1]
+                return
+            yield new
+            block, over = [], []
+        if not last:
+            logits, state = model.prefill(token[:, None], state)
 
 
 @torch.inference_mode()
@@ -75,16 +238,15 @@ def generate(
     seed: int = 0,
     prefill_chunk: int | None = None,
     eod_id: int | None = None,
+    top_p: float | None = None,
 ) -> Tensor:
-    """Continue prompts of one length.
+    """Continue prompts of one length; settings as in `Sampling` and `stream`.
 
     Args:
         model: a language model; its mode and its weights stay as they are.
         prompt_ids: (T,) or (B, T) integers.
         max_new_tokens: most tokens to add.
-        temperature: 0 takes the most likely token, otherwise the temperature of the softmax that is sampled.
-        top_k: sample among the k most likely tokens; None among all.
-        seed: of the samples; the same seed gives the same tokens on the same machine.
+        temperature, top_k, top_p, seed: how tokens are chosen.
         prefill_chunk: tokens of the prompt in one forward pass; None reads it at once.
         eod_id: a sequence that produced this token is over and filled up with it; all over, generation stops.
 
@@ -94,27 +256,33 @@ def generate(
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, or a setting outside its range.
     """
-    prompt = _check_prompt(model, prompt_ids)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if max_new_tokens == 0:
-        return prompt
-    batch, length = prompt.shape
-    generator = None if temperature == 0 else torch.Generator(prompt.device).manual_seed(seed)
-    logits, state = prefill(model, prompt, model.init_state(batch, length + max_new_tokens), prefill_chunk)
-    finished = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-    tokens = [prompt]
-    for step in range(max_new_tokens):
-        token = sample(logits, temperature, top_k, generator)
-        if eod_id is not None:
-            token = token.masked_fill(finished, eod_id)
-            finished |= token == eod_id
-        tokens.append(token[:, None])
-        if step + 1 == max_new_tokens or bool(finished.all()):
-            break
-        logits, state = model.prefill(token[:, None], state)
-    return torch.cat(tokens, dim=1)
+    prompt = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids
+    if prompt.dim() != 2 or prompt.numel() == 0:
+        raise ValueError(f"prompt_ids must be (T,) or (B, T) with at least one token, got {tuple(prompt_ids.shape)}")
+    prompt = _check_prompt(model, prompt).to(model.head.weight.device)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return torch.cat([prompt, *stream(model, list(prompt), max_new_tokens, sampling, prefill_chunk, eod_id)], dim=1)
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    prefill_chunk: int | None = None,
+    eod_id: int | None = None,
+) -> list[Tensor]:
+    """Continue prompts (T_i,) of any lengths together -> (n_i,) int64 of each: what is new, up to its end of document.
+
+    Arguments and errors as in `stream`.
+    """
+    new = list(stream(model, prompts, max_new_tokens, sampling, prefill_chunk, eod_id))
+    rows = torch.cat(new, 1) if new else torch.zeros(len(prompts), 0, dtype=torch.int64)
+    return [until_end(row, eod_id) for row in rows]
+
+
+def until_end(row: Tensor, eod_id: int | None) -> Tensor:
+    """Tokens (n,) up to the first end of document, which is included."""
+    ends = [] if eod_id is None else (row == eod_id).nonzero()[:1, 0].tolist()
+    return row[: ends[0] + 1] if ends else row

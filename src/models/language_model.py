@@ -42,6 +42,14 @@ class Block(nn.Module, ABC):
         """An empty state for up to ``max_length`` tokens."""
 
     @abstractmethod
+    def take_rows(self, state: Any, rows: slice, padding: int) -> Any:
+        """The empty state of some sequences of an empty ``state``, which read ``padding`` tokens less than others."""
+
+    @abstractmethod
+    def put_rows(self, state: Any, rows: slice, part: Any, padding: int) -> None:
+        """Put what these sequences have read into ``state``: all its rows are one batch then, ``padding`` apart."""
+
+    @abstractmethod
     def reset_parameters(self, num_blocks: int, generator: torch.Generator | None) -> None:
         """Initialise (models.md, "Initialisation")."""
 

@@ -20,20 +20,35 @@ RESIDUAL_SCALE = 0.5  # of the wang init
 
 @dataclass
 class KVCache:
-    """Keys and values of one layer: k, v (B, H, max_length, d); ``length`` tokens are filled."""
+    """Keys and values of one layer: k, v (B, H, max_length, d); ``length`` tokens are filled.
+
+    ``padding`` (B,) int64: slots before the first token of every sequence, in a batch of unequal lengths; never read.
+    """
 
     k: Tensor
     v: Tensor
     length: int = 0
+    padding: Tensor | None = None
+
+    def positions(self) -> int | Tensor:
+        """Of the next token: one for all sequences, or (B,)."""
+        return self.length if self.padding is None else self.length - self.padding
 
 
 def rotary_angles(
-    length: int, head_dim: int, theta: float, device: torch.device, offset: int = 0
+    length: int, head_dim: int, theta: float, device: torch.device, offset: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, head_dim) of positions offset … offset + T − 1 in fp32 (Su et al., 2021)."""
+    """cos and sin (T, head_dim) of positions offset … offset + T − 1 in fp32 (Su et al., 2021).
+
+    An offset (B,) for every sequence gives (B, 1, T, head_dim).
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    position = torch.arange(offset, offset + length, dtype=torch.float32, device=device)
-    angle = (position[:, None] * frequency).repeat(1, 2)
+    if isinstance(offset, Tensor):
+        position = (offset[:, None] + torch.arange(length, device=device)).float()[:, None]
+        angle = (position[..., None] * frequency).repeat(1, 1, 1, 2)
+    else:
+        position = torch.arange(offset, offset + length, dtype=torch.float32, device=device)
+        angle = (position[:, None] * frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
 
@@ -49,7 +64,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, document_starts: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, self.head_dim)
-        cos, sin = rotary_angles(T, self.head_dim, self.theta, x.device, 0 if cache is None else cache.length)
+        cos, sin = rotary_angles(T, self.head_dim, self.theta, x.device, 0 if cache is None else cache.positions())
         if cache is None:
             return self.out(fast("rotary_attention", x)(qkv, cos, sin, document_starts))
         if document_starts is not None:
@@ -67,6 +82,9 @@ class Attention(nn.Module):
         cache.length = offset + T
         k, v = cache.k[:, :, : offset + T], cache.v[:, :, : offset + T]
         mask = torch.ones(T, offset + T, dtype=torch.bool, device=q.device).tril(offset) if offset and T > 1 else None
+        if cache.padding is not None:
+            filled = torch.arange(offset + T, device=q.device) >= cache.padding[:, None, None, None]
+            mask = filled if mask is None else filled & mask  # (B, 1, 1 or T, offset + T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
 
 
@@ -94,6 +112,15 @@ class TransformerBlock(Block):
         attention, device = self.attention, self.attention_norm.weight.device
         size = (batch_size, attention.heads, max_length, attention.head_dim)
         return KVCache(torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
+
+    def take_rows(self, state: KVCache, rows: slice, padding: int) -> KVCache:
+        return KVCache(state.k[rows, :, padding:], state.v[rows, :, padding:])  # views: filled in place
+
+    def put_rows(self, state: KVCache, rows: slice, part: KVCache, padding: int) -> None:
+        if state.padding is None:
+            state.padding = torch.zeros(len(state.k), dtype=torch.int64, device=state.k.device)
+        state.padding[rows] = padding
+        state.length = part.length + padding
 
     def reset_parameters(self, num_blocks: int, generator: torch.Generator | None) -> None:
         d = self.attention.qkv.in_features

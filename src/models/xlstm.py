@@ -138,6 +138,13 @@ class XLSTMBlock(Block):
             torch.zeros(batch_size, layer.heads, **kwargs),
         )
 
+    def take_rows(self, state: MLSTMState, rows: slice, padding: int) -> MLSTMState:
+        return MLSTMState(*(x[rows] for x in state))
+
+    def put_rows(self, state: MLSTMState, rows: slice, part: MLSTMState, padding: int) -> None:
+        for whole, x in zip(state, part):
+            whole[rows] = x
+
     def reset_parameters(self, num_blocks: int, generator: torch.Generator | None) -> None:
         self.mlstm.reset_parameters(num_blocks, generator)
         d = self.ffn.gate_up.in_features

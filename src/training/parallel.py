@@ -14,19 +14,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from xlstm_scaling.models.language_model import LanguageModel
 from xlstm_scaling.models.layers import HeadNormGate, RMSNorm
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:  # FSDP takes a second to import, which one device has no use for
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class ParallelError(ValueError):
@@ -48,6 +46,8 @@ def shard_degree(shard: str | int, world: int) -> int:
 
 @functools.cache
 def _mesh(device_type: str, world: int, degree: int) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
     if degree == world:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world // degree, degree), mesh_dim_names=("replicate", "shard"))
@@ -64,8 +64,6 @@ def _join(device_type: str, local_rank: int) -> None:
         torch.cuda.set_device(local_rank)
     if dist.is_initialized():
         return
-    if "MASTER_ADDR" not in os.environ:
-        raise ParallelError("WORLD_SIZE is set, but not by torchrun: start the command with torchrun")
     device = torch.device("cuda", local_rank) if device_type == "cuda" else None
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", device_id=device)
     atexit.register(_leave)
@@ -96,6 +94,8 @@ class Parallel:
         degree = shard_degree(shard, world) if world > 1 else 1
         if world == 1:
             return cls(device_type=device.split(":")[0])
+        if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+            raise ParallelError("WORLD_SIZE is set, but not by torchrun: start the command with torchrun, or unset it")
         rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
         parallel = cls(rank, world, local_rank, degree, device.split(":")[0])
         _join(parallel.device_type, local_rank)
@@ -178,6 +178,8 @@ class Parallel:
         The weights are those of one device with this seed. A process holds one whole block at a time, and the
         embedding and the head, on the host.
         """
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
         for part in (model.embedding, model.norm, model.head):
             _allocate(part)
 
@@ -197,6 +199,8 @@ class Parallel:
         return model
 
     def _lay_out(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import fully_shard
+
         # embedding and head stay whole from the first block's forward to its backward
         fully_shard(module, mesh=self.mesh, reshard_after_forward=not isinstance(module, LanguageModel))
 
@@ -221,4 +225,9 @@ def _allocate(module: nn.Module) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is laid over devices (a DTensor)."""
+    return hasattr(tensor, "full_tensor")

@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from xlstm_scaling.study.files import DiskFullError, digest, read_json, write_json_atomic
 from xlstm_scaling.training.checkpoint import CheckpointError, CheckpointFolder, load_file, save_file
-from xlstm_scaling.training.parallel import Parallel, whole
+from xlstm_scaling.training.parallel import Parallel, is_sharded, whole
 
 KIND = "sharded checkpoint of xlstm-scaling"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+#: how the names of folders end that are being written
+PARTIAL = ".sharded.partial"
 _NAME = re.compile(r"^step-(\d+)\.(ckpt|sharded)$")
 
 
@@ -65,12 +64,14 @@ def set_whole(weights: dict, optimizer_state: dict, model: nn.Module, optimizer:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _like(value: Tensor, sharded: Tensor) -> Tensor:
     """``value``, which every process has, with the layout of ``sharded``; a scalar stays whole."""
-    if not isinstance(sharded, DTensor) or value.dim() == 0:
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_sharded(sharded) or value.dim() == 0:
         return value.to(sharded.device)
     return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
@@ -90,10 +91,12 @@ def _tensors(model: nn.Module, optimizer_state: dict[int, dict[str, Tensor]]) ->
 
 def write_tensors(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Every process writes its shards. Raises DiskFullError or CheckpointError on all processes alike."""
+    import torch.distributed.checkpoint as dcp
+
     writer = dcp.FileSystemWriter(folder, sync_files=True)
     try:
         dcp.save(_tensors(model, optimizer.state_dict()["state"]), storage_writer=writer)
-    except CheckpointException as error:
+    except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e, _ in error.failures.values()):
             raise DiskFullError(
@@ -104,6 +107,8 @@ def write_tensors(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 def read_tensors(folder: Path, model: nn.Module, optimizer: Optimizer, parallel: Parallel) -> None:
     """Read the shards that this process's parameters need, from however many were written."""
+    import torch.distributed.checkpoint as dcp
+
     parameters = _parameters(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for name in read_json(folder / MANIFEST)["tensors"]:
@@ -118,7 +123,7 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: Optimizer, parallel:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=parallel.world == 1)
-        except CheckpointException as error:
+        except dcp.CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"process {rank} could not read {folder}: {cause}") from None
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -191,7 +196,7 @@ class Checkpoints(CheckpointFolder):
     def save_sharded(self, step: int, model: nn.Module, optimizer: Optimizer, plain: dict[str, Any]) -> Path:
         """Every process's shards, and ``plain`` values. Raises DiskFullError or CheckpointError on all processes."""
         path = self.folder / f"step-{step}.sharded"
-        temporary = self.folder / f".step-{step}.sharded.tmp"
+        temporary = self.folder / f".step-{step}{PARTIAL}"
         self._together(self._prepare, temporary)
         self._together(write_tensors, temporary, model, optimizer)
         files = {name: entry for said in self._together(self._own_files, temporary) for name, entry in said.items()}
@@ -200,8 +205,7 @@ class Checkpoints(CheckpointFolder):
         return path
 
     def _together(self, function: Callable, temporary: Path, *arguments: Any) -> list[Any]:
-        """What ``function`` returns on each process; an error of one is raised on all, and leaves nothing half-written.
-        """
+        """What ``function`` returns on each process; an error of one is raised on all and leaves nothing behind."""
         outcome, problem = None, None
         try:
             outcome = function(temporary, *arguments)
@@ -247,6 +251,7 @@ class Checkpoints(CheckpointFolder):
 
         Of a sharded one its plain values, and its folder as ``tensors``. All processes get the same.
         """
+        self._sweep()
         problems = []
         for path in reversed(self.parallel.share(self.paths())):
             content, wrong = self._load(path)
@@ -276,8 +281,15 @@ class Checkpoints(CheckpointFolder):
         problems = check_files(path, manifest, self.parallel)
         return manifest["plain"] | {"tensors": path}, "; ".join(problems)
 
+    def _sweep(self) -> None:
+        """Remove what killed processes were writing."""
+        if self.parallel.leader:
+            for partial in self.folder.glob(f".step-*{PARTIAL}"):
+                shutil.rmtree(partial, ignore_errors=True)
+
     def clear(self) -> None:
         """Remove all of them."""
+        self._sweep()
         if self.parallel.leader:
             for path in self.paths():
                 _remove(path)

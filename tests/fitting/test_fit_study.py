@@ -9,7 +9,8 @@ from xlstm_scaling.fitting import COLUMNS, FitError, fit_all
 def quick(config):
     config["num_resamples"] = 40
     config["surface"]["sensitivity_deltas"] = [1.0e-2]
-    config["surface"]["init_grid"]["a"] = config["surface"]["init_grid"]["b"] = [5, 15]
+    grid = config["surface"]["init_grid"]
+    grid |= {"a": [5, 15], "b": [5, 15], "e": [0], "alpha": [0.5], "beta": [0.5], "gamma": [1]}
     return config
 
 

@@ -254,7 +254,7 @@ def test_sigterm_saves_and_exits_with_its_code(tiny_config, tiny_tokens, tmp_pat
     assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same_and_fill_the_cache(spec, tokens_folder, tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # and not where an earlier test compiled
