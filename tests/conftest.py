@@ -73,6 +73,9 @@ defaults:
   - _self_
 corpus: {validation_fraction: 0.1}
 tokenizer: {vocab_size: 280}
+inference: {num_threads: 1, max_cell_s: 0.5, runtime_model: {num_resamples: 10}}
+fitting: {num_resamples: 50}
+figures: {dpi: 60}
 training:
   compute_dtype: float32
   min_steps: 2
