@@ -37,7 +37,7 @@ from xlstm_scaling.training.checkpoint import load_file
 from xlstm_scaling.training.execution import Execution
 from xlstm_scaling.training.run import train
 
-STEPS = 40
+STEPS = 30
 EXIT_DISK, EXIT_CORPUS = 3, 4
 WORDS = ("the", "state", "of", "union", "is", "strong", "people", "nation", "war", "peace", "law", "money", "work")
 
@@ -266,6 +266,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imported once, not by every child
     began = time.monotonic()
     cases, passed = {}, True
     with tempfile.TemporaryDirectory() as folder:
@@ -273,7 +274,7 @@ def main() -> int:
             campaign = Campaign(Path(folder), arch, args.seed)
             found = {
                 "SIGKILL": campaign.kills(math.ceil(args.kills / len(args.arch))),
-                "SIGTERM": campaign.terminated(4),
+                "SIGTERM": campaign.terminated(3),
                 "not finite": campaign.not_finite(),
                 "altered shard": campaign.altered_shard(),
                 "full disk": campaign.full_disk(),

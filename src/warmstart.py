@@ -175,6 +175,7 @@ def serve(path: Path, pid: int) -> None:
 
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)  # no thread pool may exist before a fork
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # the first optimiser imports for two seconds
     Path(path).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))

@@ -112,27 +112,28 @@ class Run:
         certified = certify_run(spec, execution.certificate, execution.device)
         torch.set_num_threads(execution.threads)
         keep_freed_memory()
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written; filling costs time
-        self.trainer = Trainer(spec, self.dataset, execution, self.parallel)
-        if execution.compile_cache is not None:
-            log.warning("blocks are compiled: their norms and gates are the compiler's, which no certificate covers")
-            self.trainer.model.compile_blocks(execution.compile_cache)
-        peak = execution.peak_flops or measure_peak_flops(self.trainer.model.compute_dtype, execution.device)
-        self.peak_flops = self.parallel.share(peak) * self.parallel.world
-        self.losses: list[float] = []  # since the last entry of the training curve
-        self.seconds = 0.0
-        content = self.latest()
-        if content is not None:
-            self.resume(content)
-        status, detail = "ok", ""
-        with _SigtermStops(self):
-            try:
-                self._loop()
-            except Diverged as error:
-                status, detail = "diverged", str(error)
-                log.error("%s diverged: %s", spec.run_id, error)
-        return self.finish(status, detail, certified)
+        with _deterministic():
+            self.trainer = Trainer(spec, self.dataset, execution, self.parallel)
+            if execution.compile_cache is not None:
+                log.warning(
+                    "blocks are compiled: their norms and gates are the compiler's, which no certificate covers"
+                )
+                self.trainer.model.compile_blocks(execution.compile_cache)
+            peak = execution.peak_flops or measure_peak_flops(self.trainer.model.compute_dtype, execution.device)
+            self.peak_flops = self.parallel.share(peak) * self.parallel.world
+            self.losses: list[float] = []  # since the last entry of the training curve
+            self.seconds = 0.0
+            content = self.latest()
+            if content is not None:
+                self.resume(content)
+            status, detail = "ok", ""
+            with _SigtermStops(self):
+                try:
+                    self._loop()
+                except Diverged as error:
+                    status, detail = "diverged", str(error)
+                    log.error("%s diverged: %s", spec.run_id, error)
+            return self.finish(status, detail, certified)
 
     def latest(self) -> dict[str, Any] | None:
         """The state to go on from: the last good checkpoint, else the trunk's, else None."""
@@ -294,6 +295,20 @@ class Run:
             save_file(self.folder / "final.ckpt", {"identity": self.identity, "model": model, "result": result})
         self.checkpoints.clear()
         return result
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """PyTorch's deterministic algorithms; memory is not filled for them, as every element is written."""
+    enabled, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 class _Clock:

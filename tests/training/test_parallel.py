@@ -109,10 +109,17 @@ def test_a_world_without_torchrun_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("world", "arch", "settings"),
     [
-        (2, "xlstm", [{"shard": "none"}, {"shard": "full", "micro_batch_sequences": 2}]),
+        pytest.param(
+            2, "xlstm", [{"shard": "none"}, {"shard": "full", "micro_batch_sequences": 2}], marks=pytest.mark.exhaustive
+        ),
         (2, "transformer", [{"shard": "full"}, {"shard": "none", "micro_batch_sequences": 2}]),
         (4, "xlstm", [{"shard": 2, "micro_batch_sequences": 1}, {"shard": "full", "activation_checkpointing": True}]),
-        (4, "transformer", [{"shard": "full", "micro_batch_sequences": 1}, {"shard": 2}, {"shard": "none"}]),
+        pytest.param(
+            4,
+            "transformer",
+            [{"shard": "full", "micro_batch_sequences": 1}, {"shard": 2}, {"shard": "none"}],
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_the_number_of_devices_changes_rounding_only(specs, tokens_folder, alone, tmp_path, world, arch, settings):
@@ -167,7 +174,15 @@ def copied(folder, target):
     return target
 
 
-@pytest.mark.parametrize(("arch", "world"), [("xlstm", 2), ("transformer", 1), ("xlstm", 1), ("transformer", 2)])
+@pytest.mark.parametrize(
+    ("arch", "world"),
+    [
+        ("xlstm", 2),
+        ("xlstm", 1),
+        pytest.param("transformer", 1, marks=pytest.mark.exhaustive),
+        pytest.param("transformer", 2, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_stopped_on_four_devices_goes_on_with_fewer(specs, tokens_folder, alone, stopped, tmp_path, arch, world):
     folder = copied(stopped[arch], tmp_path / "run")
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-5.sharded", "step-6.sharded"]
