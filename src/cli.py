@@ -324,9 +324,6 @@ def run_command(argv: Sequence[str]) -> int:
     handler = handlers.get(args.command, _stage)
     try:
         return handler(args)
-    except BrokenPipeError:  # who reads the output has enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except expected_errors() as error:
         if level == "DEBUG":
             raise
