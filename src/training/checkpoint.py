@@ -20,7 +20,6 @@ from xlstm_scaling.study.files import atomic_write
 MAGIC = b"XLSTMSC\0"
 FORMAT_VERSION = 1
 _HEADER = struct.Struct("<8sI32s")
-_NAME = re.compile(r"^step-(\d+)\.ckpt$")
 
 
 class CheckpointError(ValueError):
@@ -57,6 +56,9 @@ def load_file(path: Path) -> dict[str, Any]:
 class CheckpointFolder:
     """The checkpoints of one run: ``step-<n>.ckpt``, the last ``keep`` of them."""
 
+    #: names of checkpoints, the step first
+    pattern = re.compile(r"^step-(\d+)\.ckpt$")
+
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
 
@@ -64,11 +66,10 @@ class CheckpointFolder:
         """Oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted((p for p in self.folder.iterdir() if _NAME.match(p.name)), key=self._step)
+        return sorted((p for p in self.folder.iterdir() if self.pattern.match(p.name)), key=self._step)
 
-    @staticmethod
-    def _step(path: Path) -> int:
-        return int(_NAME.match(path.name)[1])
+    def _step(self, path: Path) -> int:
+        return int(self.pattern.match(path.name)[1])
 
     def save(self, step: int, content: dict[str, Any]) -> Path:
         path = self.folder / f"step-{step}.ckpt"

@@ -29,7 +29,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 #: how the names of folders end that are being written
 PARTIAL = ".sharded.partial"
-_NAME = re.compile(r"^step-(\d+)\.(ckpt|sharded)$")
 
 
 # tensors
@@ -172,19 +171,11 @@ def check_files(folder: Path, manifest: dict[str, Any], parallel: Parallel) -> l
 class Checkpoints(CheckpointFolder):
     """The checkpoints of one run, of one process (``step-<n>.ckpt``) or several (``step-<n>.sharded``)."""
 
+    pattern = re.compile(r"^step-(\d+)\.(ckpt|sharded)$")
+
     def __init__(self, folder: Path, parallel: Parallel, keep: int = 2) -> None:
         super().__init__(folder, keep)
         self.parallel = parallel
-
-    def paths(self) -> list[Path]:
-        """Oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted((p for p in self.folder.iterdir() if _NAME.match(p.name)), key=self._step)
-
-    @staticmethod
-    def _step(path: Path) -> int:
-        return int(_NAME.match(path.name)[1])
 
     def save(self, step: int, content: dict[str, Any]) -> Path:
         """One process's checkpoint."""
