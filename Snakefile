@@ -4,6 +4,7 @@
 #   snakemake --cores 2 figures                           one stage and what it needs
 #   snakemake --cores 2 --config study=smoke              another study (conf/study/)
 #   snakemake --cores 2 --config overrides="[training.seed=2]"   any Hydra override
+#   snakemake --cores 2 --config study=laptop_code compare=laptop   beside another study whose results are there
 #   snakemake --cores 2 --config runs=published paper=FOLDER     published runs instead: ingest -> table -> laws -> …
 from snakemake.utils import min_version, validate
 
@@ -31,6 +32,7 @@ LOGS = paths.results / "logs"
 rule all:
     input:
         paths.study / "report.html",
+        study.comparison_files,
     localrule: True
 
 
@@ -51,4 +53,11 @@ else:
 
 include: "workflow/rules/fit.smk"
 include: "workflow/rules/figures.smk"
+
+
+if study.compared:
+
+    include: "workflow/rules/compare.smk"
+
+
 include: "workflow/rules/report.smk"

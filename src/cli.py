@@ -104,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     text = inference.DESCRIPTION
     inference.add_generate_arguments(commands.add_parser("generate", help=text, description=text))
 
+    from xlstm_scaling.report import compare_command as compare
+
+    text = compare.DESCRIPTION
+    compare.add_compare_arguments(commands.add_parser("compare", help=text, description=text))
+
     count = commands.add_parser("count", help="parameters and FLOPs of one model", description=_count.__doc__)
     count.add_argument("--arch", required=True, help="xlstm or transformer")
     for name in ("embedding-dim", "num-blocks", "num-heads", "vocab-size", "context-length"):
@@ -195,6 +200,12 @@ def _import(args: argparse.Namespace) -> int:
     from xlstm_scaling.interop.command import run_import
 
     return run_import(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from xlstm_scaling.report.compare_command import run_compare
+
+    return run_compare(args)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -320,7 +331,7 @@ def run_command(argv: Sequence[str]) -> int:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}
     handlers |= {"ingest": _ingest, "fit-surface": _fit_surface, "claims": _claims}
-    handlers |= {"export": _export, "import": _import, "memory": _memory, "generate": _generate}
+    handlers |= {"export": _export, "import": _import, "memory": _memory, "generate": _generate, "compare": _compare}
     handler = handlers.get(args.command, _stage)
     try:
         return handler(args)

@@ -195,6 +195,8 @@ def published_inference(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
     ``published.parquet`` is what was read, for the ledger of claims."""
     from xlstm_scaling.fitting.runtime_model import fit_runtime_models
     from xlstm_scaling.inference.counts import add_counts
+    from xlstm_scaling.inference.probe import published_device
+    from xlstm_scaling.inference.roofline import write_rooflines
     from xlstm_scaling.study.published import inference_file, measurements_table, published_folder, read_published
 
     source = inference_file(config, paths)
@@ -208,6 +210,7 @@ def published_inference(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
     write_table(model, paths.inference / "runtime_model")
     write_table(predictions, paths.inference / "runtime_predictions")
     write_table(measurements, paths.inference / "measurements")
+    write_rooflines(counted, published_device(settings), paths.inference)
     write_table(published, paths.inference / "published")
     write_resolved(config, paths.inference / "config.yaml", ["runs", "inference"])
     return measurements
@@ -237,8 +240,9 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
         return published_inference(config, paths)
 
     from xlstm_scaling.fitting.runtime_model import fit_runtime_models
-    from xlstm_scaling.inference.benchmark import BenchmarkModel, measure, untrained_models
+    from xlstm_scaling.inference.benchmark import BenchmarkModel, measure, measured_device, untrained_models
     from xlstm_scaling.inference.counts import add_counts
+    from xlstm_scaling.inference.roofline import write_rooflines
     from xlstm_scaling.study.plan import benchmarked_runs, model_vocab_size
     from xlstm_scaling.training.trainer import load_trained
 
@@ -258,6 +262,7 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
     )
     measurements = measure([*trained, *untrained], settings, paths.inference, progress)
     counted = add_counts(measurements, settings["generate_steps"])
+    write_rooflines(counted, measured_device(settings), paths.inference)
     model, predictions = fit_runtime_models(counted, settings["runtime_model"])
     write_table(model, paths.inference / "runtime_model")
     write_table(predictions, paths.inference / "runtime_predictions")
@@ -319,8 +324,9 @@ def findings(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
     """What the study found, in sentences computed from its tables: ``findings.md``, ``.html``, ``.csv``; and the
     table of optima: ``optimal.csv``."""
     from xlstm_scaling.figures.tables import Tables
-    from xlstm_scaling.report import findings as compute
-    from xlstm_scaling.report import optimal_table, write_findings
+    from xlstm_scaling.report.findings import findings as compute
+    from xlstm_scaling.report.findings import write_findings
+    from xlstm_scaling.report.optimal import optimal_table
     from xlstm_scaling.study.published import has_inference
 
     provenance = read_json(paths.study / "runs.provenance.json") if is_published(config) else None

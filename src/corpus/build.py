@@ -206,7 +206,7 @@ def tokens_spec(
     text = {
         key: getattr(corpus, key)
         for key in (
-            *("path", "glob", "text_field", "document_separator"),
+            *("path", "glob", "text_field", "text_suffix", "document_separator"),
             *("validation_fraction", "max_validation_tokens", "split_seed"),
         )
     }

@@ -62,6 +62,7 @@ class CorpusSettings:
     path: str | None = None
     glob: str | None = None
     text_field: str = "text"
+    text_suffix: str | None = None
     document_separator: str | None = None
     validation_fraction: float = 0.04
     max_validation_tokens: int | None = None
@@ -76,7 +77,7 @@ class CorpusSettings:
             self,
             "corpus",
             {"max_validation_tokens": 1, "split_seed": 0, "shard_tokens": 1, "expected_tokens": 1},
-            ("name", "package", "install", "path", "glob", "text_field", "document_separator"),
+            ("name", "package", "install", "path", "glob", "text_field", "text_suffix", "document_separator"),
         )
         if (self.package is None) == (self.path is None):
             raise CorpusError("Give exactly one of corpus.package (an installed corpus) and corpus.path (your text).")

@@ -39,15 +39,17 @@ def package_folder(package: str, install: str | None, wanted_by: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def format_of(path: Path) -> str | None:
-    """The supported format a file name ends in (`.jsonl.zst`), or None."""
+def format_of(path: Path, text_suffix: str | None = None) -> str | None:
+    """The supported format a file name ends in (`.jsonl.zst`; what ends in `text_suffix` is `.txt`), or None."""
     name = path.name.lower()
+    if text_suffix is not None and name.endswith(text_suffix.lower()):
+        return ".txt"
     return next((suffix for suffix in sorted(FORMATS, key=len, reverse=True) if name.endswith(suffix)), None)
 
 
 def locate(settings: CorpusSettings) -> tuple[Path, list[Path]]:
     """The root that document ids are relative to, and the files in order; errors as `source_files`."""
-    wanted = f"The supported formats are {', '.join(FORMATS)}."
+    wanted = f"The supported formats are {', '.join(FORMATS)}; corpus.text_suffix adds one of plain text."
     if settings.package is not None:
         root = package_folder(settings.package, settings.install, f"the corpus '{settings.name}'")
         where = f"{settings.glob} in the package '{settings.package}'"
@@ -56,7 +58,7 @@ def locate(settings: CorpusSettings) -> tuple[Path, list[Path]]:
         if not root.exists():
             raise CorpusError(f"corpus.path={settings.path} does not exist (looked from {Path.cwd()}).")
         if root.is_file():
-            if format_of(root) is None:
+            if format_of(root, settings.text_suffix) is None:
                 raise CorpusError(f"corpus.path={settings.path} is not in a supported format. {wanted}")
             return root.parent, [root]
         where = f"{settings.glob or 'any file'} below corpus.path={settings.path}"
@@ -69,7 +71,7 @@ def locate(settings: CorpusSettings) -> tuple[Path, list[Path]]:
     ]
     if not found:
         raise CorpusError(f"There are no files for {where}. {wanted}")
-    files = [path for path in found if format_of(path)]
+    files = [path for path in found if format_of(path, settings.text_suffix)]
     if not files:
         names = ", ".join(sorted(path.name for path in found)[:5])
         raise CorpusError(f"None of the {len(found)} files for {where} is supported ({names}, ...). {wanted}")
@@ -98,7 +100,7 @@ def read_documents(settings: CorpusSettings, root: Path, files: Iterable[Path]) 
     """The documents of some files below `root`, as `iter_documents` yields them."""
     for path in files:
         name = path.relative_to(root).as_posix()
-        suffix = format_of(path)
+        suffix = format_of(path, settings.text_suffix)
         try:
             if suffix == ".parquet":
                 yield from _parquet(path, name, settings.text_field)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from xlstm_scaling.fitting.power_law import fit_lines
-from xlstm_scaling.fitting.resampling import cell_generator, percentile_interval, refill
+from xlstm_scaling.fitting.power_law import minima_lines
+from xlstm_scaling.fitting.resampling import percentile_interval
 
 #: sizes that the table is made for [parameters]
 SIZES = (1e8, 4e8, 1e9, 3e9, 7e9, 1.3e10, 3.3e10, 7e10, 1.75e11)
@@ -37,26 +37,12 @@ def optimal_table(
         end if end is not None else bound for end, bound in zip(config["power_law"]["flops_range"], (0, np.inf))
     )
     cells = isoflop[(isoflop["status"] == "ok") & isoflop["flops_mean"].between(float(low), float(high))]
-    keys = ["arch", "context_length", "isoflop_tag", "variable"]
-    draws = {key: group.sort_values("resample")["x_opt"].to_numpy() for key, group in resamples.groupby(keys)}
-    least = max(2, int(config["power_law"]["min_points"]))
     rows: list[dict[str, Any]] = []
-    for (arch, context), group in cells.groupby(["arch", "context_length"], sort=True):
-        lines = {}
-        for variable in ("num_params", "num_tokens"):
-            mine = group[group["variable"] == variable].sort_values("flops_mean")
-            if mine["flops_mean"].nunique() < least:
-                break
-            sampled = []
-            for tag in mine["isoflop_tag"]:
-                stream = cell_generator(config["seed"], "refill", arch, context, tag)
-                sampled.append(np.log10(refill(draws[arch, context, tag, variable][:, None], stream)[:, 0]))
-            points = np.log10(mine["x_opt"].to_numpy(dtype=float))
-            x = np.log10(mine["flops_mean"].to_numpy(dtype=float))
-            lines[variable] = fit_lines(x, np.vstack([points, np.column_stack(sampled)]))
-        if len(lines) < 2:
+    for (arch, context), lines in sorted(minima_lines(isoflop, resamples, config).items()):
+        if not {"num_params", "num_tokens"} <= set(lines):
             continue
-        largest = group.loc[group["variable"] == "num_params", "flops_mean"]
+        mine = (cells["arch"] == arch) & (cells["context_length"] == context) & (cells["variable"] == "num_params")
+        largest = cells.loc[mine, "flops_mean"]
         for size in sizes:
             log_flops = (np.log10(size) - lines["num_params"][:, 0]) / lines["num_params"][:, 1]
             log_tokens = lines["num_tokens"][:, 0] + lines["num_tokens"][:, 1] * log_flops

@@ -29,6 +29,7 @@ from xlstm_scaling.study.published import (
     published_folder,
     run_files,
 )
+from xlstm_scaling.study.resources import JobResources
 from xlstm_scaling.warmstart import open_session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ class WorkflowStudy:
 
     ``config``: the workflow's config with ``study`` (default laptop; paper, where runs are published), ``runs``
     (trained or published), ``paper`` and ``download`` (where published runs come from), ``overrides`` (Hydra
-    overrides, a list or text) and ``results`` (default results).
+    overrides, a list or text), ``compare`` (other studies, a list or text) and ``results`` (default results).
 
     Raises ConfigError where published runs are asked for and there are none.
     """
@@ -56,6 +57,7 @@ class WorkflowStudy:
         self.overrides = [f"study={self.study_name}", *given, *overrides]
         self.config = compose(self.overrides)
         self.paths = StudyPaths.of(self.config, config.get("results", "results"))
+        self._compare = config.get("compare") or []
         if self.published:
             published_folder(self.config, self.paths)
 
@@ -120,10 +122,35 @@ class WorkflowStudy:
         wanted = self.published and self.config.runs.claims
         return [self.paths.claims / f"claims.{kind}" for kind in ("html", "csv", "md")] if wanted else []
 
+    @cached_property
+    def compared(self) -> list[Path]:
+        """Folders of the studies that this one is compared with; ConfigError where one has no fits."""
+        names = self._compare.replace(",", " ").split() if isinstance(self._compare, str) else self._compare
+        folders = [self.paths.results / str(name) for name in names]
+        for folder in folders:
+            if folder == self.paths.study:
+                raise ConfigError(f"compare={folder.name}: that is this study; name others")
+            if not (folder / "fits" / "power_laws.parquet").is_file():
+                there = sorted(path.parts[-3] for path in self.paths.results.glob("*/fits/power_laws.parquet"))
+                known = f"studies with fits: {', '.join(there)}" if there else "no study has fits yet"
+                raise ConfigError(f"compare={folder.name}: no fits in {folder}; {known}. Run that study first")
+        return folders
+
+    @property
+    def compared_files(self) -> list[Path]:
+        """The tables of other studies that this one is compared with."""
+        names = ("power_laws", "surface", "pareto_ratio")
+        return [folder / "fits" / f"{name}.parquet" for folder in self.compared for name in names]
+
+    @property
+    def comparison_files(self) -> list[Path]:
+        return [self.paths.study / "comparison" / "comparison.parquet"] if self.compared else []
+
     @property
     def report_targets(self) -> str:
         """The rules whose outputs are in the report."""
-        return "figures findings claims" if self.claims_files else "figures findings"
+        given = ("claims" if self.claims_files else "", "compare" if self.compared else "")
+        return " ".join(["figures findings", *filter(None, given)])
 
     @property
     def claims_arguments(self) -> str:
@@ -146,7 +173,7 @@ class WorkflowStudy:
     @property
     def inference_files(self) -> list[Path]:
         """The tables of the stage `inference`; none where there is nothing published to make them from."""
-        names = ("measurements", "runtime_model", "runtime_predictions")
+        names = ("measurements", "runtime_model", "runtime_predictions", "device", "roofline", "crossings")
         kept = has_inference(self.config, self.paths)
         return [self.paths.inference / f"{name}.parquet" for name in names] if kept else []
 
@@ -216,18 +243,10 @@ class WorkflowStudy:
         """Trained runs that the stage `evaluate` chooses from."""
         return evaluated_runs(self.config, list(self.runs.values()))
 
-    def estimated_time_s(self, name: str) -> float:
-        """Time of a run, or a trunk, by the assumed speed of ``hardware.flops_per_s``."""
-        return self._times[name]
-
     @cached_property
-    def _times(self) -> dict[str, float]:
-        speed = self.config.hardware.flops_per_s
-        times = {name: trunk.spec.num_flops / speed for name, trunk in self.trunks.items()}
-        for run_id, run in self.runs.items():
-            steps = run.cooldown_steps if run.trunk_id in self.trunks else run.num_train_steps
-            times[run_id] = steps * run.flops_per_step / speed
-        return times
+    def resources(self) -> JobResources:
+        """What a scheduler is asked for."""
+        return JobResources(self.runs, self.trunks, self.config.hardware, self.paths.runs)
 
     def prepare_environment(self) -> None:
         """Let the rules' commands come from the environment of this interpreter, and share one warm process."""
@@ -256,6 +275,8 @@ class WorkflowStudy:
         """This study as shell words for ``snakemake --config``."""
         # `runs`, `paper` and `download` are among the overrides
         words = [f"study={self.study_name}", f"results={self.paths.results}"]
+        if self.compared:
+            words.append(f"compare={json.dumps([folder.name for folder in self.compared])}")
         if len(self.overrides) > 1:
             words.append(f"overrides={json.dumps(self.overrides[1:])}")
         return shlex.join(words)

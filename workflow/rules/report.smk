@@ -30,6 +30,7 @@ rule findings:
         LOGS / paths.study.name / "findings.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
+    localrule: True
     resources:
         # words of the command line; as params they would rerun rules that they do not concern
         arguments=study.arguments,
@@ -47,6 +48,7 @@ rule report:
         rules.figures.output,
         rules.findings.output,
         study.claims_files,
+        study.comparison_files,
         captions=study.captions,
     output:
         html=paths.study / "report.html",
@@ -56,6 +58,7 @@ rule report:
         LOGS / paths.study.name / "report.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
+    localrule: True
     resources:
         config_words=study.workflow_config_arguments,
         snakefile=workflow.main_snakefile,
