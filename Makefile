@@ -1,5 +1,6 @@
 # make reproduce   the study from text to report           make test   the tests
 # make env         just .venv                               make lint   style of code and workflow
+# make cluster-test   the study on a simulated Slurm cluster, with failures (docs/cluster.md)
 # make paper PAPER=folder   the paper's fits, figures and claims from its published logs (DOWNLOAD=true fetches them)
 # Each sets up what it needs. PYTHON=python3.12 picks the interpreter, CORES=8 the cores, STUDY=smoke the study,
 # PIP_ARGS="--index-url …" another package index (for example PyTorch's index of CPU builds on Linux without a GPU).
@@ -14,6 +15,8 @@ READY := $(VENV)/.ready
 
 PAPER ?= $(XLSTM_SCALING_PAPER)
 DOWNLOAD ?=
+
+CLUSTER_READY := $(VENV)/.ready-cluster
 
 .PHONY: env reproduce paper test lint format clean-env
 .DELETE_ON_ERROR:
@@ -31,6 +34,18 @@ $(READY): requirements.lock requirements-triton.lock pyproject.toml
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-triton.lock \
 	  || echo "Triton could not be installed: its kernels are left out, everything else works"
 	@touch $@
+
+# for studies on a Slurm cluster (docs/cluster.md)
+.PHONY: env-cluster cluster-test
+env-cluster: $(CLUSTER_READY)
+
+$(CLUSTER_READY): $(READY) requirements-cluster.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-cluster.lock
+	@touch $@
+
+# on a Slurm of three nodes that is started for it, as root, from Debian's packages; a quarter of an hour on two cores
+cluster-test: $(CLUSTER_READY)
+	@$(BIN)/python -m pytest -m cluster -rs tests/cluster
 
 reproduce: $(READY)
 	@$(BIN)/snakemake --cores $(CORES) --quiet host reason --config study=$(STUDY) $(CONFIG)

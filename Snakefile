@@ -2,6 +2,7 @@
 #
 #   snakemake --cores 2                                   the whole of study=laptop
 #   snakemake --cores 2 figures                           one stage and what it needs
+#   snakemake --cores 2 isoflop_sweep                     one experiment: or latency_profile, context_scaling (docs/inference.md)
 #   snakemake --cores 2 --config study=smoke              another study (conf/study/)
 #   snakemake --cores 2 --config overrides="[training.seed=2]"   any Hydra override
 #   snakemake --cores 2 --config study=laptop_code compare=laptop   beside another study whose results are there
@@ -52,6 +53,7 @@ else:
 
 
 include: "workflow/rules/fit.smk"
+include: "workflow/rules/targets.smk"
 include: "workflow/rules/figures.smk"
 
 

@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     stage("inference", "time to first token and step time on this machine, and the runtime model")
     stage("evaluate", "trained models -> loss by position, beyond their training context too")
     stage("findings", "tables -> what the study found, in sentences")
+    text = "one of the paper's first three experiments: its tables and figures, in a folder of the study"
+    experiment = stage("experiment", text)
+    experiment.add_argument("--name", required=True, help="isoflop_sweep, latency_profile or context_scaling")
+    experiment.add_argument("--part", choices=["plan", "tables", "figures"], help="this part alone, for the workflow")
     figures = stage("figures", "tables -> figures")
     figures.add_argument("--only", nargs="+", metavar="NAME", help="draw these figures only")
 
@@ -91,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "one loss surface L(N, D) from a table of runs, with intervals"
     add_surface_arguments(commands.add_parser("fit-surface", help=text, description=text))
+
+    from xlstm_scaling.fitting import runtime_command as runtime
+
+    text = runtime.DESCRIPTION
+    runtime.add_runtime_arguments(commands.add_parser("runtime", help=text, description=text))
 
     from xlstm_scaling.interop import command as interop
 
@@ -124,6 +133,28 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "memory of a device in training: what fits, item by item"
     memory_command.add_memory_arguments(commands.add_parser("memory", help=text, description=text))
+
+    from xlstm_scaling.training import adopt_command
+
+    text = adopt_command.DESCRIPTION
+    adopt_command.add_adopt_arguments(commands.add_parser("adopt", help=text, description=text))
+
+    from xlstm_scaling.study import cost_command
+
+    text = cost_command.DESCRIPTION
+    cost_command.add_cost_arguments(commands.add_parser("cost", help=text, description=text))
+
+    from xlstm_scaling.study import upkeep_command as upkeep
+
+    text = upkeep.PROVENANCE
+    upkeep.add_provenance_arguments(commands.add_parser("provenance", help=text, description=text))
+    text = upkeep.CLEAN
+    upkeep.add_clean_arguments(commands.add_parser("clean", help=text, description=text))
+
+    from xlstm_scaling.planning import command as planning
+
+    text = planning.DESCRIPTION
+    planning.add_recommend_arguments(commands.add_parser("recommend", help=text, description=text))
     return parser
 
 
@@ -160,6 +191,36 @@ def _memory(args: argparse.Namespace) -> int:
     return run_memory(args)
 
 
+def _adopt(args: argparse.Namespace) -> int:
+    from xlstm_scaling.training.adopt_command import run_adopt
+
+    return run_adopt(args)
+
+
+def _provenance(args: argparse.Namespace) -> int:
+    from xlstm_scaling.study.upkeep_command import run_provenance
+
+    return run_provenance(args)
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from xlstm_scaling.study.upkeep_command import run_clean
+
+    return run_clean(args)
+
+
+def _cost(args: argparse.Namespace) -> int:
+    from xlstm_scaling.study.cost_command import run_cost
+
+    return run_cost(args)
+
+
+def _recommend(args: argparse.Namespace) -> int:
+    from xlstm_scaling.planning.command import run_recommend
+
+    return run_recommend(args)
+
+
 def _certify(args: argparse.Namespace) -> int:
     from xlstm_scaling.kernels.certification.command import run_certify
 
@@ -182,6 +243,12 @@ def _fit_surface(args: argparse.Namespace) -> int:
     from xlstm_scaling.fitting.command import run_surface
 
     return run_surface(args)
+
+
+def _runtime(args: argparse.Namespace) -> int:
+    from xlstm_scaling.fitting.runtime_command import run_runtime
+
+    return run_runtime(args)
 
 
 def _claims(args: argparse.Namespace) -> int:
@@ -271,6 +338,10 @@ def _stage(args: argparse.Namespace) -> int:
             print(f"- {row.statement}")
     elif args.command == "figures":
         stages.figures(config, paths, args.only, progress)
+    elif args.command == "experiment":
+        from xlstm_scaling import experiments
+
+        print(experiments.run(args.name, config, paths, args.part, progress))
     return 0
 
 
@@ -285,13 +356,17 @@ def _status(args: argparse.Namespace, status: StudyStatus, results: Path) -> int
     print(status.summary())
     shown = table if args.all else table[~table.state.isin(["ok", "pending"])]
     if len(shown):
-        columns = ["run_id", "state", "step", "steps", "loss", "tokens_per_s"]
+        columns = ["run_id", "state", "step", "steps", "loss", "tokens_per_s", "where"]
         print()
         print(shown[columns].to_string(index=False, na_rep="", float_format=lambda value: f"{value:,.4g}"))
-    for row in table[table.state.isin(["failed", "diverged"])].itertuples():
-        print(f"\n{row.run_id} {row.state}: {row.detail}")
-        if row.state == "failed":
-            print(f"  log: {results / 'logs' / 'runs' / row.run_id}.log")
+    from xlstm_scaling.study.status import log_tail
+
+    for row in table[table.state.isin(["failed", "diverged", "stopped"])].itertuples():
+        print(f"\n{row.run_id} {row.state}: {row.detail or 'it goes on when it is started again'}")
+        path = results / "logs" / "runs" / f"{row.run_id}.log"
+        if row.state != "diverged" and path.is_file():
+            print(f"  {path} ends with")
+            print("".join(f"    {line}\n" for line in log_tail(path)), end="")
     return 0
 
 
@@ -330,8 +405,9 @@ def run_command(argv: Sequence[str]) -> int:
     level = os.environ.get("XLSTM_SCALING_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}
-    handlers |= {"ingest": _ingest, "fit-surface": _fit_surface, "claims": _claims}
+    handlers |= {"ingest": _ingest, "fit-surface": _fit_surface, "claims": _claims, "runtime": _runtime}
     handlers |= {"export": _export, "import": _import, "memory": _memory, "generate": _generate, "compare": _compare}
+    handlers |= {"recommend": _recommend, "cost": _cost, "adopt": _adopt, "provenance": _provenance, "clean": _clean}
     handler = handlers.get(args.command, _stage)
     try:
         return handler(args)

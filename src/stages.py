@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from xlstm_scaling.study.config import ConfigError, is_published, to_dict, write_resolved
 from xlstm_scaling.study.files import read_json, write_json_atomic, write_table
+from xlstm_scaling.study.locks import folder_locked
 from xlstm_scaling.study.paths import StudyPaths, certificate_path
 from xlstm_scaling.study.plan import PlanError, RunSpec, TrunkSpec, plan_runs, plan_table, plan_warnings
 
@@ -39,8 +40,15 @@ def tokens(
         count = build_part(corpus, tokenizer, paths.tokens, part, progress, workers)
         log.info("%s: share %s, %d parts; when all are there, run `tokens` without --part", paths.tokens, part, count)
         return {}
-    meta = build_tokens(corpus, tokenizer, paths.tokens, progress, workers)
-    write_resolved(config, paths.tokens / "config.yaml", ["corpus", "tokenizer"])
+    path = paths.tokens / "meta.json"
+    before = path.stat() if path.is_file() else None
+    with folder_locked(paths.tokens, f"the corpus {paths.tokens_id}") as (lock, waited):
+        if waited and path.is_file() and (before is None or path.stat().st_mtime_ns != before.st_mtime_ns):
+            log.info("%s was made meanwhile", paths.tokens)
+            return read_json(path)
+        meta = build_tokens(corpus, tokenizer, paths.tokens, progress, workers, lock.require)
+        lock.require()
+        write_resolved(config, paths.tokens / "config.yaml", ["corpus", "tokenizer"])
     train = meta["splits"]["train"]
     log.info("%s: %s training tokens, vocabulary %d", paths.tokens, f"{train['num_tokens']:,}", meta["vocab_size"])
     return meta
@@ -205,8 +213,9 @@ def published_inference(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
     settings = to_dict(config.runs.inference)
     published = read_published(source)
     measurements = measurements_table(published, settings)
-    counted = add_counts(measurements, settings["generate_steps"])
-    model, predictions = fit_runtime_models(counted, to_dict(config.inference)["runtime_model"])
+    counted = add_counts(measurements, settings["generate_steps"], settings.get("prefill_logits"))
+    fitting = to_dict(config.inference)["runtime_model"] | {"datasheet": settings.get("datasheet")}
+    model, predictions = fit_runtime_models(counted, fitting)
     write_table(model, paths.inference / "runtime_model")
     write_table(predictions, paths.inference / "runtime_predictions")
     write_table(measurements, paths.inference / "measurements")

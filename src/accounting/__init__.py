@@ -15,21 +15,27 @@ from xlstm_scaling.accounting.counts import (
     weight_bytes,
 )
 from xlstm_scaling.accounting.shapes import ModelShape
+from xlstm_scaling.accounting.work import DTYPE_BYTES, Work, dtype_bytes, prefill_work, step_work
 
 __all__ = [
     "ARCHITECTURES",
     "CONVENTIONS",
+    "DTYPE_BYTES",
     "Architecture",
     "Flops",
     "ModelShape",
+    "Work",
     "architecture",
     "count_flops",
     "count_params",
+    "dtype_bytes",
     "make_shape",
     "prefill_bytes",
     "prefill_flops",
+    "prefill_work",
     "step_bytes",
     "step_flops",
+    "step_work",
     "training_flops",
     "weight_bytes",
 ]

@@ -97,3 +97,15 @@ class Architecture(ABC):
     @abstractmethod
     def block_activation_bytes_per_token(self, shape: ModelShape, act: int) -> float:
         """Inputs read and outputs written by the linear layers and norms of one block, one token."""
+
+    @abstractmethod
+    def block_prefill_scores(self, shape: ModelShape, prefill_length: int) -> float:
+        """Entries of the score matrices (query meets key) of one block in prefill, one sequence."""
+
+    @abstractmethod
+    def block_step_scores(self, shape: ModelShape, position: int) -> float:
+        """Entries of the score matrices of one block for one generated token, one sequence."""
+
+    @abstractmethod
+    def prefill_streams(self, shape: ModelShape, prefill_length: int) -> float:
+        """Parts of one sequence's mixing that are independent of each other in prefill."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 def ceil_to_multiple(value: int, multiple: int) -> int:
@@ -29,7 +29,7 @@ class ModelShape:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             if name == "arch" or (name == "chunk_size" and value is None):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -37,7 +37,7 @@ class ModelShape:
 
     def as_dict(self) -> dict:
         """The fields by name, in the order in which the tables carry them."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 def require_divisible(arch: str, what: str, value: int, by: int, by_name: str) -> int:

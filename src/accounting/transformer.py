@@ -75,3 +75,12 @@ class Transformer(Architecture):
         qkv = shape.num_heads * (2 * shape.head_dim_qk + shape.head_dim_v)
         linear = (d + qkv) + (v + d) + (d + 2 * shape.ffn_dim) + (shape.ffn_dim + d)
         return act * (linear + 2 * d)  # + each norm reads its input once
+
+    def block_prefill_scores(self, shape: ModelShape, prefill_length: int) -> float:
+        return CAUSAL_PREFILL_FACTOR * prefill_length**2 * shape.num_heads
+
+    def block_step_scores(self, shape: ModelShape, position: int) -> float:
+        return (position + 1) * shape.num_heads
+
+    def prefill_streams(self, shape: ModelShape, prefill_length: int) -> float:
+        return shape.num_heads * prefill_length  # every query on its own

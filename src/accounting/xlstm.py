@@ -132,3 +132,12 @@ class XLSTM(Architecture):
         qkv_and_gates = heads * (2 * shape.head_dim_qk + shape.head_dim_v) + v + 2 * heads
         linear = (d + qkv_and_gates) + (v + d) + (d + 2 * shape.ffn_dim) + (shape.ffn_dim + d)
         return act * (linear + 2 * d + v)  # + pre-norm, norm of the feed-forward, multi-head norm
+
+    def block_prefill_scores(self, shape: ModelShape, prefill_length: int) -> float:
+        return 0.0 * prefill_length  # no softmax: the gates of a chunk are among its FLOPs
+
+    def block_step_scores(self, shape: ModelShape, position: int) -> float:
+        return 0.0 * position  # the past is in the state
+
+    def prefill_streams(self, shape: ModelShape, prefill_length: int) -> float:
+        return shape.num_heads + 0.0 * prefill_length  # a head's chunks come one after another

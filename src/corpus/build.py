@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,12 @@ def build_tokens(
     out_dir: str | Path,
     progress: bool = True,
     workers: int | None = None,
+    before_commit: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run the whole stage and return the content of `out_dir/meta.json`.
 
-    workers: processes that encode side by side; default the CPUs of this process (`available_workers`).
+    workers: processes that encode side by side; default the CPUs of this process (`available_workers`). before_commit:
+    called when all is written and nothing is in its place; what it raises leaves the folder as it was.
 
     The text is read once by a tokenizer that is loaded; to train one, it is read twice before (hashes, training). It is
     encoded part by part into `out_dir/parts`, which a killed job leaves and the next one takes up; the merge decides
@@ -163,6 +165,8 @@ def build_tokens(
             },
             "spec": spec,
         }
+        if before_commit is not None:
+            before_commit()
         meta = writer.commit(tokenizer.content, meta)
     remove_parts(folder / PARTS)
     return meta

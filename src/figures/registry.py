@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     Draw = Callable[[Tables, Mapping[str, Any]], Figure]
     Data = Callable[[Tables, Mapping[str, Any]], pd.DataFrame]
 
-CATEGORIES = ("Overview", "Training", "Scaling laws", "Length", "Inference")
+CATEGORIES = ("Overview", "Training", "Scaling laws", "Length", "Inference", "Choice", "Experiments")
+#: drawn by targets of their own, from the tables of their folders (``experiments.EXPERIMENTS``)
+ON_DEMAND = "Experiments"
 
 
 def _load(reference: str) -> Callable:
@@ -57,6 +59,8 @@ class FigureSpec:
 
 _POWER = ("fits/power_laws", "fits/power_law_bands")
 _TIMES = ("inference/measurements", "inference/runtime_model", "inference/runtime_predictions")
+
+_LAWS = tuple(f"fits/{name}" for name in ("surface", "surface_resamples", "surface_predictions", "isoflop"))
 
 _ALL = (
     FigureSpec(
@@ -180,6 +184,37 @@ _ALL = (
         "Inference",
         _TIMES,
         "residuals:runtime_residuals_data",
+    ),
+    FigureSpec(
+        "roofline",
+        "roofline:roofline",
+        "Roofline of inference",
+        "Inference",
+        ("inference/roofline", "inference/crossings", "inference/device"),
+        "roofline:roofline_data",
+    ),
+    FigureSpec(
+        "choice",
+        "choice:choice",
+        "The best model for a budget, a context and a limit",
+        "Choice",
+        ("runs", *_LAWS, "fits/isoflop_resamples"),
+        "choice:choice_data",
+    ),
+    FigureSpec(
+        "latency_profile",
+        "latency_profile:latency_profile",
+        "Latency profile",
+        ON_DEMAND,
+        ("inference/measurements",),
+        "latency_profile:latency_profile_data",
+    ),
+    FigureSpec(
+        "context_scaling",
+        "context_scaling:context_scaling",
+        "Context scaling",
+        ON_DEMAND,
+        ("context_scaling",),
     ),
 )
 

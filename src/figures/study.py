@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from .registry import FIGURES
+from .registry import FIGURES, ON_DEMAND
 from .tables import FigureError, Tables
 
 FORMATS = ("svg", "png")
@@ -34,9 +34,10 @@ def figure_names(config: Mapping[str, Any], only: Sequence[str] | None = None) -
 
 def drawable_names(config: Mapping[str, Any], inference: bool = True) -> list[str]:
     """The figures of a study: those of the config, without those of inference where there are no measurements, and
-    without those that evaluate a model where the runs are published ones."""
+    without those that evaluate a model where the runs are published ones. Experiments draw theirs themselves."""
     published = (config.get("runs") or {}).get("source") == "published"
-    names = [name for name in figure_names(config) if not (published and FIGURES[name].category == "Length")]
+    left_out = (ON_DEMAND, "Length") if published else (ON_DEMAND,)
+    names = [name for name in figure_names(config) if FIGURES[name].category not in left_out]
     return names if inference else [name for name in names if FIGURES[name].category != "Inference"]
 
 

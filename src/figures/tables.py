@@ -9,6 +9,7 @@ ARCH_ORDER = ("xlstm", "transformer")
 
 # Which stage writes a table, for the error that names it.
 STAGES = {"runs": "runs", "curves": "runs", "fits": "fit", "inference": "inference", "evaluation": "evaluate"}
+STAGES |= {"context_scaling": "context_scaling_tables"}
 
 
 class FigureError(ValueError):

@@ -74,6 +74,49 @@ def fit_power_laws(
     return make_table("power_laws", rows, runs), make_table("power_law_bands", stacked, runs)
 
 
+def minima_lines(
+    isoflop: pd.DataFrame,
+    resamples: pd.DataFrame,
+    config: Mapping[str, Any],
+    variables: Sequence[str] = tuple(_VARIABLES),
+) -> dict[tuple[str, int], dict[str, Array]]:
+    """N*(H), D*(H) and L*(H) of every architecture and context, with their resamples, from the tables alone.
+
+    Args:
+        isoflop, resamples: the tables of `isoflop.fit_isoflop`.
+        config: the group `fitting`: seed, power_law.flops_range and min_points.
+        variables: which of num_params, num_tokens, loss.
+
+    Returns:
+        (arch, context) → variable (num_params, num_tokens, loss) → (intercept, slope) in log10, shape (1 + R, 2): the
+        fit, then its resamples. An architecture and context with too few minima of a variable lacks it.
+    """
+    low, high = config["power_law"]["flops_range"]
+    inside = isoflop["flops_mean"].between(
+        -np.inf if low is None else float(low), np.inf if high is None else float(high)
+    )
+    cells = isoflop[(isoflop["status"] == "ok") & inside]
+    keys = ["arch", "context_length", "isoflop_tag", "variable"]
+    draws = {key: group.sort_values("resample") for key, group in resamples.groupby(keys)}
+    least = max(2, int(config["power_law"]["min_points"]))
+    found: dict[tuple[str, int], dict[str, Array]] = {}
+    for variable in variables:
+        parabola, value = _VARIABLES[variable]
+        for (arch, context), group in cells[cells["variable"] == parabola].groupby(["arch", "context_length"]):
+            group = group.sort_values("flops_mean")
+            if group["flops_mean"].nunique() < least:
+                continue
+            x, y = (np.log10(group[name].to_numpy(dtype=np.float64)) for name in ("flops_mean", value))
+            sampled = []
+            for tag in group["isoflop_tag"]:
+                stream = cell_generator(config["seed"], "refill", arch, context, tag)
+                drawn = draws[arch, context, tag, parabola][[value]].to_numpy(dtype=np.float64)
+                sampled.append(np.log10(refill(drawn, stream)[:, 0]))
+            lines = fit_lines(x, np.vstack([y, np.column_stack(sampled)]))
+            found.setdefault((str(arch), int(context)), {})[variable] = lines
+    return found
+
+
 def _groups(isoflop: pd.DataFrame, config: Mapping[str, Any]) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     """Return the key of every law and the IsoFLOP cells (also failed ones) that belong to it."""
     low, high = config["power_law"]["flops_range"]

@@ -1,4 +1,4 @@
-"""Columns, checks and predictions of the runtime model's tables (docs/tables.md)."""
+"""Columns and checks of the runtime model's tables (docs/tables.md)."""
 
 from __future__ import annotations
 
@@ -7,76 +7,121 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from xlstm_scaling.accounting.hardware import find_device
 
 from .runtime_solver import TERMS
 from .tables import FitError
 
 Array = NDArray[np.float64]
-QUANTITIES = ("ttft", "step_time")
-#: the column of each term's constant; the two rates are the inverse of their cost
-PARAMETERS = dict(
-    zip(
-        TERMS,
-        (
-            "effective_flops_per_s",
-            "bandwidth_bytes_per_s",
-            *(f"overhead{s}_s" for s in ("", "_per_block", "_per_sequence")),
-        ),
-    )
-)
-RATES = TERMS[:2]
+#: ``ttft_raw``: times to first token of a second published version, where there is one; counted as ``ttft``
+QUANTITIES = ("ttft", "ttft_raw", "step_time")
+#: the column of each term's constant
+PARAMETERS = {
+    "linear_flops": "linear_flops_per_s",
+    "weight_bytes": "weight_bytes_per_s",
+    "mixing_flops": "mixing_flops_per_s",
+    "scores": "scores_per_s",
+    "state_bytes": "state_bytes_per_s",
+    "wait": "parallel_streams",
+    "activation_bytes": "activation_bytes_per_s",
+    "constant": "overhead_s",
+    "block": "overhead_per_block_s",
+    "batched_block": "overhead_per_batched_block_s",
+    "sequence": "overhead_per_sequence_s",
+}
+#: constants that are the inverse of their cost
+RATES = tuple(term for term in TERMS if PARAMETERS[term].endswith("_per_s"))
+#: columns of the table of measurements, after ``ttft_`` or ``step_time_``
+COUNTS = ("linear_flops", "weight_bytes", "mixing_flops", "scores", "state_bytes", "streams", "activation_bytes")
+SETTINGS = ("dtype", "num_threads", "prefill_logits")
 KEYS = ("arch", "model", "num_params", "batch_size", "prefill_length", "dtype", "num_threads", "device")
+RANGES = ("num_params", "batch_size", "prefill_length")
+TEXT = ("arch", "quantity", "device", "dtype", "prefill_logits", "status", "detail")
 MODEL_COLUMNS = (
-    *("arch", "quantity", "device"),
-    *(f"{name}{end}" for name in PARAMETERS.values() for end in ("", "_lo", "_hi")),
-    *("mape_fit", "mape_held_out", "num_measurements", "status", "detail"),
+    *("arch", "quantity", "device", "dtype", "prefill_logits", "norm_p"),
+    *(f"{PARAMETERS[term]}{end}" for term in TERMS for end in ("", "_lo", "_hi")),
+    *("mape_fit", "mape_held_out", "num_measurements"),
+    *(f"{name}_{end}" for name in RANGES for end in ("min", "max")),
+    *("status", "detail"),
 )
 PREDICTION_COLUMNS = (*KEYS, "quantity", "measured_s", "predicted_s", "flops", "bytes", "held_out")
 
 
-def predict_runtime(
-    constants: Mapping[str, float],
-    flops: ArrayLike,
-    num_bytes: ArrayLike,
-    num_blocks: ArrayLike,
-    batch_size: ArrayLike,
-    norm_p: float = 4.0,
-) -> Array:
-    """Times [s] from one row of the table ``runtime_model``; the arguments broadcast.
+def counted_as(quantity: str) -> str:
+    """The beginning of the columns that count the work of a quantity."""
+    return "ttft" if quantity == "ttft_raw" else quantity
 
-    A rate that is NaN never binds: its term is absent. An overhead that is NaN counts as none.
-    """
 
-    def cost(name: str) -> float:
-        value = float(constants[name])
-        return 0.0 if np.isnan(value) else 1.0 / value
+def constants(costs: Array) -> dict[str, float]:
+    """Costs (K,) by the names of the columns: a rate of a term that costs nothing is NaN, an overhead is 0."""
+    values = {}
+    for term, cost in zip(TERMS, costs.tolist()):
+        rate = 1.0 / cost if cost > 0 else float("nan")
+        values[PARAMETERS[term]] = rate if term in RATES else cost
+    return values
 
-    compute = cost("effective_flops_per_s") * np.asarray(flops, dtype=np.float64)
-    memory = cost("bandwidth_bytes_per_s") * np.asarray(num_bytes, dtype=np.float64)
-    larger = np.maximum(np.maximum(compute, memory), np.finfo(np.float64).tiny)
-    roof = larger * ((compute / larger) ** norm_p + (memory / larger) ** norm_p) ** (1.0 / norm_p)
-    constant, per_block, per_sequence = (np.nan_to_num(float(constants[PARAMETERS[t]])) for t in TERMS[2:])
-    return roof + constant + per_block * np.asarray(num_blocks) + per_sequence * np.asarray(batch_size)
+
+def costs_of(row: Mapping[str, Any]) -> Array:
+    """The costs (K,) of a row of ``runtime_model``; the inverse of `constants`."""
+    values = np.array([float(row[PARAMETERS[term]]) for term in TERMS])
+    rate = np.array([term in RATES for term in TERMS])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.where(rate, 1.0 / values, values), nan=0.0, posinf=0.0)
+
+
+def term_counts(counts: Mapping[str, Any], num_blocks: Any, batch_size: Any) -> Array:
+    """Counts (n, K) of `TERMS` from those of `COUNTS`, numbers or arrays (n,) that broadcast."""
+    batch = np.asarray(batch_size, dtype=np.float64)
+    columns = {name: counts[name] for name in COUNTS if name != "streams"}
+    columns |= {"wait": 1.0 / np.asarray(counts["streams"], dtype=np.float64), "constant": 1.0, "block": num_blocks}
+    columns |= {"batched_block": num_blocks * (batch > 1), "sequence": batch}
+    return np.stack(np.broadcast_arrays(*(np.asarray(columns[term], dtype=np.float64) for term in TERMS)), axis=-1)
+
+
+def peak_rates(device: str, dtype: str) -> Array:
+    """The data sheet's peaks (K,) of the rates of a device; infinite of what it does not say, or of unknown devices."""
+    peaks = np.full(len(TERMS), np.inf)
+    if (known := find_device(device)) is not None and dtype in ("bfloat16", "float16", "float32"):
+        for k, term in enumerate(TERMS):
+            if term.endswith("_flops"):
+                peaks[k] = known.flops_per_s(dtype)
+            elif term.endswith("_bytes"):
+                peaks[k] = known.bytes_per_s
+    return peaks
 
 
 def check_measurements(measurements: pd.DataFrame, config: Mapping[str, Any]) -> None:
-    needed = [*KEYS, "num_blocks", "status", *(f"{q}_{end}" for q in QUANTITIES for end in ("s", "flops", "bytes"))]
+    counts = [f"{quantity}_{name}" for quantity in ("ttft", "step_time") for name in (*COUNTS, "flops", "bytes")]
+    needed = [*KEYS, "prefill_logits", "num_blocks", "status", "ttft_s", "step_time_s", *counts]
     missing = [column for column in needed if column not in measurements.columns]
     if missing:
         raise FitError(
             f"the table of measurements lacks the columns {missing}; inference.counts.add_counts adds the counts"
         )
-    for key, least in (("norm_p", 1.0), ("huber_delta", 1e-12), ("min_measurements", len(TERMS) + 1)):
+    for key, least in (("norm_p", 1.0), ("huber_delta", 1e-12), ("min_measurements", 4)):
         if float(config[key]) < least:
             raise FitError(f"runtime_model.{key} must be at least {least:g}, got {config[key]}")
 
 
 def usable_rows(group: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    columns = [f"{quantity}_s", f"{quantity}_flops", f"{quantity}_bytes"]
+    """Measurements that are ok and have a time and counts; a prompt of no tokens has no time to first token."""
+    kind = counted_as(quantity)
+    columns = [f"{quantity}_s", f"{kind}_flops", f"{kind}_bytes"]
     numbers = group[columns].to_numpy(dtype=np.float64, na_value=np.nan)
     good = (group["status"] == "ok").to_numpy(dtype=bool) & (np.isfinite(numbers) & (numbers > 0)).all(axis=1)
+    if kind == "ttft":
+        good &= (group["prefill_length"] > 0).to_numpy(dtype=bool)
     return group[good].sort_values(["num_params", "batch_size", "prefill_length", "model"], kind="stable")
+
+
+def has_second_version(group: pd.DataFrame) -> bool:
+    """Whether the times of ``ttft_raw_s`` are there and differ from those of ``ttft_s``."""
+    if "ttft_raw_s" not in group:
+        return False
+    both = group[["ttft_s", "ttft_raw_s"]].dropna()
+    return bool((np.abs(both["ttft_raw_s"] / both["ttft_s"] - 1.0) > 1e-6).any())
 
 
 def reasons(measurements: pd.DataFrame) -> str:
@@ -90,8 +135,9 @@ def reasons(measurements: pd.DataFrame) -> str:
 def model_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows)).reindex(columns=list(MODEL_COLUMNS))
     for name in MODEL_COLUMNS:
-        text = name in ("arch", "quantity", "device", "status", "detail")
-        table[name] = table[name].astype("str" if text else "int64" if name == "num_measurements" else "float64")
+        table[name] = table[name].astype(
+            "str" if name in TEXT else "int64" if name == "num_measurements" else "float64"
+        )
     return table
 
 

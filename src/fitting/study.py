@@ -51,7 +51,8 @@ def fit_all(
     tell("power laws")
     laws = fit_power_laws(tables["isoflop"], tables["isoflop_resamples"], config, usable)
     tables["power_laws"], tables["power_law_bands"] = laws
-    tables["surface"], tables["surface_predictions"] = fit_surfaces(usable, config, tell)
+    for name, table in zip(("surface", "surface_resamples", "surface_predictions"), fit_surfaces(usable, config, tell)):
+        tables[name] = table
     tell("over-training slopes")
     tables["overtraining"] = fit_overtraining(usable, config)
     tell("Pareto frontiers")

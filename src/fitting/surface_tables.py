@@ -8,9 +8,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from .loss_surface import SURFACE_FIELDS
 from .resampling import percentile_interval, stratified_counts
 from .surface_fit import SAMPLED, SurfaceFit, bootstrap_surface, fit_surface_ladder
 from .tables import make_table
+
+Samples = NDArray[np.float64]
+_TABLES = ("surface", "surface_resamples", "surface_predictions")
 
 
 def base_context(runs: pd.DataFrame, config: Mapping[str, Any]) -> int:
@@ -24,7 +28,7 @@ def base_context(runs: pd.DataFrame, config: Mapping[str, Any]) -> int:
 
 def fit_surfaces(
     runs: pd.DataFrame, config: Mapping[str, Any], progress: Callable[[str], None] | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Fit every architecture, subset and form at the base context.
 
     The main Huber delta gets bootstrap intervals; the sensitivity deltas are point fits.
@@ -36,12 +40,13 @@ def fit_surfaces(
         progress: called with a line before each fit.
 
     Returns:
-        The tables `surface` and `surface_predictions` of docs/tables.md.
+        The tables `surface`, `surface_resamples` and `surface_predictions` of docs/tables.md.
     """
     rows: list[dict[str, Any]] = []
+    resamples: list[pd.DataFrame] = []
     predictions: list[pd.DataFrame] = []
     if runs.empty:
-        return make_table("surface", [], runs), make_table("surface_predictions", [], runs)
+        return tuple(make_table(name, [], runs) for name in _TABLES)
     context, surface = base_context(runs, config), config["surface"]
     main = float(surface["huber_delta"])
     here = runs[runs["context_length"] == context]
@@ -59,7 +64,9 @@ def fit_surfaces(
                 key["num_runs"] = len(data)
                 deltas = [main, *(float(delta) for delta in surface["sensitivity_deltas"])]
                 fit, *others = fit_surface_ladder(*values, surface, form=form, deltas=deltas)
-                rows.append(key | _row(fit, main) | _intervals(fit, data, key, config))
+                intervals, samples = _intervals(fit, data, key, config)
+                rows.append(key | _row(fit, main) | intervals)
+                resamples.append(_resamples(samples, key, main))
                 for other in others:
                     if np.isclose(other.huber_delta, main, rtol=1e-12, atol=0):
                         continue
@@ -70,8 +77,13 @@ def fit_surfaces(
                     frame = data[["run_id", "num_params", "num_tokens", "val_loss"]].copy()
                     frame["predicted_loss"] = fit.surface.predict(data["num_params"], data["num_tokens"])
                     predictions.append(frame.assign(arch=arch, context_length=context, subset=subset, form=form))
-    stacked = pd.concat(predictions, ignore_index=True) if predictions else []
-    return make_table("surface", rows, runs), make_table("surface_predictions", stacked, runs)
+    parts = (rows, _stacked(resamples), _stacked(predictions))
+    return tuple(make_table(name, part, runs) for name, part in zip(_TABLES, parts))
+
+
+def _stacked(frames: list[pd.DataFrame]) -> pd.DataFrame | list:
+    filled = [frame for frame in frames if len(frame)]
+    return pd.concat(filled, ignore_index=True) if filled else []
 
 
 def _row(fit: SurfaceFit, delta: float) -> dict[str, Any]:
@@ -86,10 +98,10 @@ def _row(fit: SurfaceFit, delta: float) -> dict[str, Any]:
 
 def _intervals(
     fit: SurfaceFit, data: pd.DataFrame, key: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the `_lo`, `_hi` columns and the detail with the number of resamples that converged."""
+) -> tuple[dict[str, Any], Samples]:
+    """Return the `_lo`, `_hi` columns and the detail with the number of resamples that converged, and the resamples."""
     if fit.surface is None:
-        return {}
+        return {}, np.empty((0, len(SAMPLED)))
     samples, survivors = surface_samples(fit, data, config, key["arch"], key["context_length"], key["subset"])
     intervals: dict[str, Any] = {}
     for name, column in zip(SAMPLED, samples.T):
@@ -99,12 +111,19 @@ def _intervals(
     detail = f"{fit.detail} {survivors} of {len(samples)} resamples converged."
     if np.isnan(intervals["exponent_params_lo"]):
         detail += " Fewer than half: no interval."
-    return intervals | {"detail": detail}
+    return intervals | {"detail": detail}, samples
+
+
+def _resamples(samples: Samples, key: Mapping[str, Any], delta: float) -> pd.DataFrame:
+    """Rows of `surface_resamples`: the surface of each resample, NaN where it did not converge."""
+    frame = pd.DataFrame(samples[:, : len(SURFACE_FIELDS)], columns=list(SURFACE_FIELDS))
+    names = ("arch", "context_length", "subset", "form")
+    return frame.assign(resample=np.arange(len(frame)), huber_delta=delta, **{name: key[name] for name in names})
 
 
 def surface_samples(
     fit: SurfaceFit, data: pd.DataFrame, config: Mapping[str, Any], *stream: Hashable
-) -> tuple[NDArray[np.float64], int]:
+) -> tuple[Samples, int]:
     """Return the bootstrap of a fit; resamples keep the number of runs of each FLOP budget and of the token/param set.
 
     Args:

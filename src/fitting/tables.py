@@ -37,6 +37,7 @@ COLUMNS: dict[str, list[str]] = {
         "objective rmse_log r2_log log_likelihood aic bic num_runs num_starts num_starts_agree condition_number",
         "status detail",
     ),
+    "surface_resamples": _columns("arch context_length subset form huber_delta resample A B E alpha beta gamma"),
     "surface_predictions": _columns(
         "arch context_length subset form run_id num_params num_tokens val_loss predicted_loss"
     ),

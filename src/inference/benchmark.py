@@ -1,11 +1,12 @@
-"""Time to first token and step time on this machine, over models, prefill lengths and batch sizes."""
+"""Time to first token, step time, memory and energy on this machine, over models, prefill lengths and batch sizes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,28 @@ import torch
 from tqdm import tqdm
 
 from xlstm_scaling.accounting import ModelShape, count_params, make_shape
-from xlstm_scaling.inference.cells import BenchmarkModel, Cell, ModelRun
+from xlstm_scaling.inference.cells import BenchmarkModel, Cell, predicted_memory
+from xlstm_scaling.inference.energy import LEAST_READINGS, Nvml, Rapl, per_token_j
+from xlstm_scaling.inference.probe import probe_device
 from xlstm_scaling.inference.records import Records, finish_table
+from xlstm_scaling.inference.worker import measure_model
 from xlstm_scaling.models import LanguageModel, build_model
 from xlstm_scaling.study.files import digest, write_table
 from xlstm_scaling.study.machine import resolve_compute_dtype
 
 BUSY_SHARE = 0.2  # of all CPUs; above it the rest of the machine is mentioned in `detail`
+#: what is measured, below the package: cells of other code are measured again
+MEASURED_CODE = (
+    "inference/timing.py",
+    "inference/generation.py",
+    "inference/decoder*.py",
+    "models/*.py",
+    "kernels/**/*",
+)
+
+
+class BenchmarkError(RuntimeError):
+    """Not one cell could be measured; the message says why."""
 
 
 def untrained_models(
@@ -35,7 +51,8 @@ def untrained_models(
     """Models of given sizes with random weights: how long a token takes does not depend on what was learned.
 
     Args:
-        sizes: name → embedding_dim, num_blocks, num_heads (architecture → number of heads; others are left out).
+        sizes: name → embedding_dim, num_blocks, num_heads (architecture → number of heads; others are left out), or
+            None for a size that is left out.
         architectures: architectures to build.
         vocab_size: of all models [tokens].
         chunk_size: mLSTM chunk that FLOPs and bytes are counted at [tokens].
@@ -48,7 +65,7 @@ def untrained_models(
     for arch in architectures:
         options = dict((model_options or {}).get(arch, {}))
         for name, size in sizes.items():
-            if arch not in size["num_heads"]:
+            if size is None or arch not in size["num_heads"]:
                 continue
             heads = size["num_heads"][arch]
             shape = make_shape(arch, size["embedding_dim"], size["num_blocks"], heads, vocab_size, chunk_size)
@@ -66,6 +83,17 @@ class _Build:
         return build_model(self.shape, seed=0, **self.options)
 
 
+@functools.cache
+def code_digest() -> str:
+    """Digest of the code that is measured, and of PyTorch's version."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted({path for pattern in MEASURED_CODE for path in package.glob(pattern)})
+    sources = {
+        str(path.relative_to(package)): path.read_text() for path in files if path.suffix in (".py", ".cpp", ".hpp")
+    }
+    return digest({"torch": torch.__version__, "sources": sources})
+
+
 def device_name(device: str = "cpu") -> str:
     """What the tables call this machine: the name of its GPU or CPU."""
     if device.startswith("cuda"):
@@ -77,29 +105,44 @@ def device_name(device: str = "cpu") -> str:
     return platform.processor() or platform.machine()
 
 
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _check(config: Mapping[str, Any]) -> None:
+def check(config: Mapping[str, Any], name: str = "inference") -> None:
+    """Raise ValueError for a setting outside its range, by its name."""
     for key in ("generate_steps", "repeats", "num_threads"):
         if int(config[key]) < 1:
-            raise ValueError(f"inference.{key} must be at least 1, got {config[key]}")
+            raise ValueError(f"{name}.{key} must be at least 1, got {config[key]}")
     if int(config["warmup"]) < 1:
         raise ValueError(
-            f"inference.warmup must be at least 1 (it finds out how long a cell takes), got {config['warmup']}"
+            f"{name}.warmup must be at least 1 (it finds out how long a cell takes), got {config['warmup']}"
         )
     for key in ("prefill_lengths", "batch_sizes"):
         if not config[key] or min(config[key]) < 1:
-            raise ValueError(f"inference.{key} must list positive integers, got {config[key]}")
+            raise ValueError(f"{name}.{key} must list positive integers, got {config[key]}")
+    chunk = config.get("prefill_chunk")
+    if chunk is not None and int(chunk) < 1:
+        raise ValueError(f"{name}.prefill_chunk must be at least 1 token, or null for all at once, got {chunk}")
     if not float(config["max_cell_s"]) > 0:
-        raise ValueError(f"inference.max_cell_s must be positive, got {config['max_cell_s']}")
+        raise ValueError(f"{name}.max_cell_s must be positive, got {config['max_cell_s']}")
+
+
+def _energy(cell: Cell, steps: int) -> dict[str, Any]:
+    """Energy per token of the prompt and per generated token [J], its source, and why there is none."""
+    names = ("prefill_energy_j_per_token", "decode_energy_j_per_token")
+    columns: dict[str, Any] = dict.fromkeys(names, float("nan"))
+    columns |= {"energy_source": cell.energy_source, "energy_detail": cell.energy_detail}
+    if not cell.energy_source:
+        return columns
+    interval_s = {Rapl.name: Rapl.interval_s, Nvml.name: Nvml.interval_s}[cell.energy_source]
+    phases = (
+        (cell.prefill_energy_j, cell.ttft_s, cell.batch_size * cell.prefill_length),
+        (cell.decode_energy_j, cell.step_times_s, cell.batch_size * steps),
+    )
+    for name, (energies_j, times_s, tokens) in zip(names, phases):
+        columns[name] = per_token_j(energies_j, times_s, tokens, interval_s)
+        if np.isnan(columns[name]):
+            phase, least = name.split("_")[0], LEAST_READINGS * interval_s
+            text = f"{phase}: all passes together took less than {least:g} s, too short for {cell.energy_source}"
+            columns["energy_detail"] = "; ".join(filter(None, (columns["energy_detail"], text)))
+    return columns
 
 
 def _row(entry: BenchmarkModel, cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,69 +155,90 @@ def _row(entry: BenchmarkModel, cell: Cell, settings: Mapping[str, Any]) -> dict
         quartiles = np.quantile(samples, [0.25, 0.5, 0.75]) if ok else [float("nan")] * 3
         row |= {f"{name}_lo": float(quartiles[0]), name: float(quartiles[1]), f"{name}_hi": float(quartiles[2])}
     row["decode_tokens_per_s"] = cell.batch_size / row["step_time_s"]
-    others = float(np.median(cell.others)) if cell.others else 0.0
-    if ok and others > BUSY_SHARE:
-        cell.detail = f"other processes used {100 * others:.0f} % of the CPUs meanwhile"
-    row |= {"peak_memory_bytes": cell.peak_memory_bytes, "repeats": len(cell.ttft_s) if ok else 0}
-    row |= {key: settings[key] for key in ("dtype", "num_threads", "device")}
-    return row | {"status": cell.status, "detail": cell.detail}
+    row["load"] = float(np.median(cell.others)) if ok else float("nan")
+    detail = cell.detail
+    if ok and row["load"] > BUSY_SHARE:
+        detail = f"other processes used {100 * row['load']:.0f} % of the CPUs meanwhile"
+    predicted = predicted_memory(entry.shape, cell.batch_size, cell.prefill_length, settings)
+    row |= {"peak_memory_bytes": cell.peak_memory_bytes, "predicted_memory_bytes": sum(predicted.values())}
+    row |= _energy(cell, int(settings["generate_steps"])) if ok else {}
+    row |= {"repeats": len(cell.ttft_s) if ok else 0}
+    row |= {key: settings[key] for key in ("prefill_chunk", "dtype", "num_threads", "device")}
+    return row | {"status": cell.status, "detail": detail}
 
 
 def measure(
-    models: Sequence[BenchmarkModel], config: Mapping[str, Any], out_dir: Path | str, progress: bool = True
+    models: Sequence[BenchmarkModel],
+    config: Mapping[str, Any],
+    out_dir: Path | str,
+    progress: bool = True,
+    name: str = "measurements",
 ) -> pd.DataFrame:
-    """Measure every model over ``prefill_lengths`` × ``batch_sizes``.
+    """Measure every model over ``prefill_lengths`` × ``batch_sizes``, each in a process of its own.
 
-    A pass allocates an empty state, reads the prompt (random ids), takes the most likely token, and decodes
-    ``generate_steps`` tokens. Per cell: ``warmup`` discarded passes, ``repeats`` measured ones; time to first token is
-    the median over passes, step time the median over all decode steps of all passes; ``_lo``, ``_hi`` are quartiles.
-    A cell that would take longer than ``max_cell_s`` is ``skipped``, one whose memory does not suffice
-    ``out_of_memory``; longer prefills of the same batch are then not tried. Peak memory: see ``timing.pass_memory``.
+    A pass allocates an empty state, reads the prompt (random ids, ``prefill_chunk`` of them at a time), takes the most
+    likely token, and decodes ``generate_steps`` tokens. Per cell: ``warmup`` discarded passes, ``repeats`` measured
+    ones; time to first token is the median over passes, step time the median over all decode steps of all passes;
+    ``_lo``, ``_hi`` are quartiles. Peak memory: see ``timing.pass_memory``. A cell that would take longer than
+    ``max_cell_s`` is ``skipped``, one whose memory does not suffice, by prediction or in fact, ``out_of_memory``;
+    longer prefills and larger batches are then not tried. One whose process fails is ``failed``, and tried again by
+    the next call.
 
     Args:
-        models: what to measure; one at a time is in memory.
+        models: what to measure.
         config: group ``inference`` of the configuration (prefill_lengths, batch_sizes, generate_steps, repeats, warmup,
-            max_cell_s, num_threads, dtype; device, cpu by default).
-        out_dir: folder of ``measurements.parquet``, ``.csv`` and ``measurements.jsonl``. Cells go into the last as they
-            are finished; those that it holds already (same model, settings, device) are not measured again.
+            max_cell_s, num_threads, dtype; device, cpu by default; prefill_chunk, null by default).
+        out_dir: folder of ``<name>.parquet``, ``.csv`` and ``.jsonl``. Every measured pass goes into the last at once;
+            what it holds already (same model, settings, device, code) is not measured again.
         progress: whether a bar on stderr names the cell.
+        name: of the table.
 
     Returns:
         The table ``measurements`` of docs/tables.md, in SI units.
 
     Raises:
         ValueError: no models, two of one name, or a setting outside its range.
+        BenchmarkError: every cell failed.
     """
-    _check(config)
+    check(config)
     if not models or len({m.name for m in models}) != len(models):
         raise ValueError(f"models to measure need distinct names, at least one: {[m.name for m in models]}")
     where = str(config.get("device") or "cpu")
     dtype = resolve_compute_dtype(str(config["dtype"]), where)
     settings = {key: config[key] for key in ("generate_steps", "repeats", "warmup", "max_cell_s", "num_threads")}
-    settings |= {"dtype": dtype, "device": device_name(where)}
-    records = Records(Path(out_dir) / "measurements.jsonl")
+    settings |= {"prefill_chunk": config.get("prefill_chunk"), "dtype": dtype, "device": device_name(where)}
+    records, repeats = Records(Path(out_dir) / f"{name}.jsonl"), int(config["repeats"])
     grid = [(batch, length) for batch in sorted(config["batch_sizes"]) for length in sorted(config["prefill_lengths"])]
-    wanted: list[str] = []
+    rows: list[dict[str, Any]] = []
     bar = tqdm(total=len(models) * len(grid), unit="cell", file=sys.stderr, disable=not progress, mininterval=0.5)
-    with _threads(int(config["num_threads"])), bar:
+    with bar:
         for entry in models:
             about = {"model": entry.name, "trained": entry.trained, "shape": entry.shape.as_dict(), **settings}
+            about["code"] = code_digest()
             cells = [Cell(batch, length, digest(about | {"cell": [batch, length]})) for batch, length in grid]
-            wanted += [cell.key for cell in cells]
-            missing = [cell for cell in cells if cell.key not in records]
-            bar.update(len(cells) - len(missing))
+            cells = [records.find(cell) for cell in cells]
+            bar.update(sum(cell.complete(repeats) for cell in cells))
 
-            def done(cell: Cell, entry: BenchmarkModel = entry) -> None:
-                records.append(cell.key, _row(entry, cell, settings))
-                bar.update()
-
-            def name(cell: Cell, entry: BenchmarkModel = entry) -> None:
+            def begin(cell: Cell, entry: BenchmarkModel = entry) -> None:
                 bar.set_description(
                     f"{entry.name} batch {cell.batch_size} prefill {cell.prefill_length}", refresh=False
                 )
 
-            if missing:
-                ModelRun(entry, {**config, "dtype": dtype}, where, missing).run(done, name)
-    table = finish_table([records[key] for key in wanted])
-    write_table(table, Path(out_dir) / "measurements")
+            def changed(cell: Cell) -> None:
+                records.keep(cell)
+                bar.update(cell.complete(repeats))
+
+            measure_model(entry, {**config, **settings, "device": where}, where, cells, begin, changed)
+            rows += [_row(entry, cell, settings) for cell in cells]
+    table = finish_table(rows)
+    if (table["status"] == "failed").all():
+        raise BenchmarkError(f"not one cell could be measured: {'; '.join(sorted(set(table['detail'])))}")
+    write_table(table, Path(out_dir) / name)
     return table
+
+
+def measured_device(config: Mapping[str, Any]) -> pd.DataFrame:
+    """The table ``device``: what this machine reaches with the settings of the group ``inference``."""
+    where = str(config.get("device") or "cpu")
+    dtype = resolve_compute_dtype(str(config["dtype"]), where)
+    return probe_device(where, device_name(where), dtype, int(config["num_threads"]))

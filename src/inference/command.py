@@ -48,6 +48,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-chunk", type=int, default=2048, metavar="N", help="tokens of a prompt in one pass (default: 2048)")
     add("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16"], help="of activations (default: as trained)")
+    add("--decoder", choices=["auto", "torch", "cpp", "graph"], default="auto",
+        help="what makes the tokens: auto (default), the model in torch, C++ on a CPU, a CUDA graph")  # fmt: skip
     add("--json", action="store_true", help="print a line of JSON for every prompt")
     add("--results", type=Path, default=Path("results"), help="results folder (default: results)")
 
@@ -222,6 +224,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     import torch
 
+    from xlstm_scaling.inference.decoder import decoder_class
     from xlstm_scaling.inference.generation import stream, until_end
     from xlstm_scaling.inference.timing import prepare
     from xlstm_scaling.interop.model_folder import build_described, describe, find_model, load_model
@@ -241,6 +244,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if description.context_length is not None and length > description.context_length:
         log.warning("%s tokens: the model was trained on contexts of %s", f"{length:,}", description.context_length)
     model = prepare(load_model(folder, args.dtype), meta.compute_dtype, str(device))
+    decoder_class(model, args.decoder)  # says what is wrong before anything is printed
 
     prompts, alone = list(named.values()), len(ids) == 1 and not args.json
     printer = TextStream(text, ids[0]) if alone else None
@@ -248,8 +252,9 @@ def run_generate(args: argparse.Namespace) -> int:
         print(prompts[0], end="", flush=True)
     start, first_s, blocks = time.perf_counter(), 0.0, []
     for block in stream(
-        model, [torch.from_numpy(one) for one in ids], args.max_tokens, sampling, args.prefill_chunk, eod_id
-    ):
+        model, [torch.from_numpy(one) for one in ids], args.max_tokens, sampling, args.prefill_chunk, eod_id,
+        decoder=args.decoder,
+    ):  # fmt: skip
         blocks.append(block)
         if printer is not None:
             print(printer.push(block[0].tolist()), end="", flush=True)

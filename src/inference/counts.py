@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+
 import pandas as pd
 
-from xlstm_scaling.accounting import ModelShape, prefill_bytes, prefill_flops, step_bytes, step_flops
+from xlstm_scaling.accounting import DTYPE_BYTES, ModelShape, Work, dtype_bytes, prefill_work, step_work
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-COUNT_COLUMNS = ("ttft_flops", "ttft_bytes", "step_time_flops", "step_time_bytes")
+__all__ = ["COUNTS", "COUNT_COLUMNS", "DTYPE_BYTES", "add_counts", "row_shape"]
+
+COUNTS = (*(field.name for field in fields(Work)), "flops", "bytes")
+COUNT_COLUMNS = tuple(f"{quantity}_{name}" for quantity in ("ttft", "step_time") for name in COUNTS)
+#: whether a prefill computes the logits of its ``last`` token or of ``all``
+LOGITS_COLUMN = "prefill_logits"
 
 
 def row_shape(row: pd.Series) -> ModelShape:
@@ -17,38 +24,39 @@ def row_shape(row: pd.Series) -> ModelShape:
     return ModelShape(arch=str(row["arch"]), chunk_size=chunk, **{name: int(row[name]) for name in names})
 
 
-def _counts(row: pd.Series, steps: int) -> dict[str, float]:
-    dtype = str(row["dtype"])
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"no size known for dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
+def _counts(row: pd.Series, steps: int, logits: str) -> dict[str, float]:
     shape, batch, length = row_shape(row), int(row["batch_size"]), int(row["prefill_length"])
-    width = {"weight": DTYPE_BYTES[dtype], "act": DTYPE_BYTES[dtype]}
-    ends = (length, length + steps - 1)  # the counts are linear in the position: the mean of both ends is the mean
-    return {
-        "ttft_flops": float(prefill_flops(shape, length, batch)),
-        "ttft_bytes": float(prefill_bytes(shape, length, batch, **width)),
-        "step_time_flops": sum(float(step_flops(shape, end, batch)) for end in ends) / 2,
-        "step_time_bytes": sum(float(step_bytes(shape, end, batch, **width)) for end in ends) / 2,
+    size = dtype_bytes(str(row["dtype"]))
+    works = {
+        "ttft": prefill_work(shape, length, batch, size, size, logits=logits),
+        "step_time": step_work(shape, length + (steps - 1) / 2, batch, size, size),  # linear in the position
     }
+    return {f"{quantity}_{name}": float(getattr(work, name)) for quantity, work in works.items() for name in COUNTS}
 
 
-def add_counts(measurements: pd.DataFrame, generate_steps: int = 1) -> pd.DataFrame:
+def add_counts(
+    measurements: pd.DataFrame, generate_steps: int = 1, logits: Mapping[str, str] | None = None
+) -> pd.DataFrame:
     """The table ``measurements`` with FLOPs and bytes of both quantities.
 
     Args:
         measurements: as in docs/tables.md; rows of any status.
         generate_steps: decode steps that ``step_time_s`` is taken over; a step is counted at their mean position.
+        logits: architecture -> ``last`` or ``all`` (`prefill_work`); ``last`` where it is not named.
 
     Returns:
-        A copy with the columns ``ttft_flops``, ``ttft_bytes`` (a whole prefill of the batch, logits of the last token),
-        ``step_time_flops`` and ``step_time_bytes`` (one token of every sequence) [FLOPs, bytes]; weights and
-        activations in the row's dtype, mLSTM states in fp32. Source: ``accounting``, inference part.
+        A copy with the columns `COUNT_COLUMNS`: the parts of `Work` and their sums, for ``ttft_`` of a whole prefill of
+        the batch, for ``step_time_`` of one token of every sequence [FLOPs, bytes]; weights and activations in the
+        row's dtype, mLSTM states in fp32; and with ``prefill_logits``. Source: ``accounting``, inference part.
 
     Raises:
         ValueError: an unknown dtype or architecture, or a shape that is not positive.
     """
     if generate_steps < 1:
         raise ValueError(f"generate_steps must be at least 1, got {generate_steps}")
-    rows = [_counts(row, generate_steps) for _, row in measurements.iterrows()]
-    counts = pd.DataFrame(rows, index=measurements.index, columns=list(COUNT_COLUMNS), dtype="float64")
-    return measurements.drop(columns=list(COUNT_COLUMNS), errors="ignore").join(counts)
+    chosen = [(logits or {}).get(str(arch), "last") for arch in measurements["arch"]]
+    rows = [_counts(row, generate_steps, which) for (_, row), which in zip(measurements.iterrows(), chosen)]
+    columns = {name: [row[name] for row in rows] for name in COUNT_COLUMNS}
+    kept = measurements.drop(columns=[*COUNT_COLUMNS, LOGITS_COLUMN], errors="ignore")
+    counts = pd.DataFrame(columns, dtype="float64").assign(**{LOGITS_COLUMN: pd.Series(chosen, dtype="str")})
+    return pd.concat([kept, counts.set_axis(kept.index)], axis=1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xlstm_scaling.inference.decoder import make_decoder
 from xlstm_scaling.models import LanguageModel
 
 #: steps between two looks at the stop condition on a GPU, each of which waits for the device
@@ -109,7 +110,7 @@ def prefill(model: LanguageModel, tokens: Tensor, state: list, chunk: int | None
 
 @torch.inference_mode()
 def prefill_batch(
-    model: LanguageModel, prompts: Sequence[Tensor], room: int, chunk: int | None = None
+    model: LanguageModel, prompts: Sequence[Tensor], room: int, chunk: int | None = None, state: list | None = None
 ) -> tuple[Tensor, list]:
     """Read prompts of any lengths, longest first, into one state with room for ``room`` more tokens of each.
 
@@ -121,12 +122,14 @@ def prefill_batch(
         prompts: B tensors (T_i,) int64, T_i not increasing.
         room: tokens to come.
         chunk: tokens of one forward pass; None reads a prompt at once.
+        state: an empty state to read into; by default a new one.
 
     Returns:
         Logits of the last tokens (B, V), and the state of the batch.
     """
     longest = len(prompts[0])
-    state = model.init_state(len(prompts), longest + room)
+    if state is None:
+        state = model.init_state(len(prompts), longest + room)
     if len(prompts[-1]) == longest:
         return prefill(model, torch.stack(list(prompts)), state, chunk)
     logits, start = [], 0
@@ -169,6 +172,7 @@ def stream(
     prefill_chunk: int | None = None,
     eod_id: int | None = None,
     steps: int | None = None,
+    decoder: str = "auto",
 ) -> Iterator[Tensor]:
     """Continue prompts of any lengths together, and hand out what is new as it comes.
 
@@ -182,12 +186,14 @@ def stream(
         prefill_chunk: tokens of a prompt in one forward pass; None reads it at once.
         eod_id: a sequence that produced this token is over and filled up with it; all over, generation stops.
         steps: tokens handed out at a time; by default 1 on a CPU, STEPS_BETWEEN_CHECKS elsewhere.
+        decoder: what makes the tokens after the first, a kind of `make_decoder`.
 
     Yields:
         (B, k) int64 on the model's device: first one token each, then up to ``steps``.
 
     Raises:
         ValueError: no or an empty prompt, an id outside the vocabulary, or a setting outside its range.
+        DecoderError: the decoder that was asked for by name cannot serve the model.
     """
     if not prompts:
         raise ValueError("there is no prompt")
@@ -203,13 +209,22 @@ def stream(
     inverse = torch.tensor(sorted(range(batch), key=order.__getitem__), device=device)
     ordered = order == list(range(batch))
     uniforms, drawn = sampling.uniforms(batch), None
-    logits, state = prefill_batch(model, [checked[i] for i in order], max_new_tokens, prefill_chunk)
+    ready = [checked[i] for i in order]
+    length, greedy = len(ready[0]), sampling.temperature == 0
+    run = make_decoder(model, batch, length + max_new_tokens, decoder if max_new_tokens > 1 else "torch", length)
+    logits, state = prefill_batch(model, ready, max_new_tokens, prefill_chunk, run.start())
+    run.take(state)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    token: Tensor | None = None
     block, over = [], []
     for step in range(max_new_tokens):
-        if sampling.temperature > 0 and step % STEPS_DRAWN == 0:
+        if not greedy and step % STEPS_DRAWN == 0:
             drawn = next(uniforms)[order].to(device)
-        token = choose(logits, sampling, None if drawn is None else drawn[:, step % STEPS_DRAWN])
+        if token is None or not greedy:
+            logits = logits if token is None else run.step(token)
+            token = choose(logits, sampling, None if drawn is None else drawn[:, step % STEPS_DRAWN])
+        else:
+            token = run.greedy(token)
         if eod_id is not None:
             token = token.masked_fill(finished, eod_id)
             finished = finished | (token == eod_id)
@@ -224,8 +239,6 @@ def stream(
                 return
             yield new
             block, over = [], []
-        if not last:
-            logits, state = model.prefill(token[:, None], state)
 
 
 @torch.inference_mode()
@@ -239,6 +252,7 @@ def generate(
     prefill_chunk: int | None = None,
     eod_id: int | None = None,
     top_p: float | None = None,
+    decoder: str = "auto",
 ) -> Tensor:
     """Continue prompts of one length; settings as in `Sampling` and `stream`.
 
@@ -249,6 +263,7 @@ def generate(
         temperature, top_k, top_p, seed: how tokens are chosen.
         prefill_chunk: tokens of the prompt in one forward pass; None reads it at once.
         eod_id: a sequence that produced this token is over and filled up with it; all over, generation stops.
+        decoder: what makes the tokens after the first, a kind of `make_decoder`.
 
     Returns:
         (B, T + n) int64 with n ≤ ``max_new_tokens``: the prompts followed by what was generated, on the model's device.
@@ -261,7 +276,8 @@ def generate(
         raise ValueError(f"prompt_ids must be (T,) or (B, T) with at least one token, got {tuple(prompt_ids.shape)}")
     prompt = _check_prompt(model, prompt).to(model.head.weight.device)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    return torch.cat([prompt, *stream(model, list(prompt), max_new_tokens, sampling, prefill_chunk, eod_id)], dim=1)
+    new = stream(model, list(prompt), max_new_tokens, sampling, prefill_chunk, eod_id, decoder=decoder)
+    return torch.cat([prompt, *new], dim=1)
 
 
 @torch.inference_mode()
@@ -272,12 +288,13 @@ def generate_batch(
     sampling: Sampling = GREEDY,
     prefill_chunk: int | None = None,
     eod_id: int | None = None,
+    decoder: str = "auto",
 ) -> list[Tensor]:
     """Continue prompts (T_i,) of any lengths together -> (n_i,) int64 of each: what is new, up to its end of document.
 
     Arguments and errors as in `stream`.
     """
-    new = list(stream(model, prompts, max_new_tokens, sampling, prefill_chunk, eod_id))
+    new = list(stream(model, prompts, max_new_tokens, sampling, prefill_chunk, eod_id, decoder=decoder))
     rows = torch.cat(new, 1) if new else torch.zeros(len(prompts), 0, dtype=torch.int64)
     return [until_end(row, eod_id) for row in rows]
 

@@ -1,23 +1,29 @@
-"""The table of measurements, and the file that cells are appended to while they are measured."""
+"""The table of measurements, and the file that cells are kept in while they are measured."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from xlstm_scaling.inference.cells import Cell
+
 _INTEGERS = (
     *("num_params", "embedding_dim", "num_blocks", "num_heads", "head_dim_qk", "head_dim_v", "ffn_dim", "vocab_size"),
     *("batch_size", "prefill_length", "repeats", "num_threads"),
 )
+_TEXT = ("arch", "model", "energy_source", "energy_detail", "dtype", "device", "status", "detail")
 MEASUREMENT_COLUMNS = (
     *("arch", "model", "num_params", "embedding_dim", "num_blocks", "num_heads", "head_dim_qk", "head_dim_v"),
-    *("ffn_dim", "vocab_size", "chunk_size", "trained", "batch_size", "prefill_length"),
+    *("ffn_dim", "vocab_size", "chunk_size", "trained", "batch_size", "prefill_length", "prefill_chunk"),
     *("ttft_s", "ttft_s_lo", "ttft_s_hi", "step_time_s", "step_time_s_lo", "step_time_s_hi", "decode_tokens_per_s"),
-    *("peak_memory_bytes", "repeats", "dtype", "num_threads", "device", "status", "detail"),
+    *("peak_memory_bytes", "predicted_memory_bytes"),
+    *("prefill_energy_j_per_token", "decode_energy_j_per_token", "energy_source", "energy_detail"),
+    *("repeats", "load", "dtype", "num_threads", "device", "status", "detail"),
 )
 
 
@@ -29,43 +35,42 @@ def finish_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             table[column] = table[column].astype("int64")
         elif column == "trained":
             table[column] = table[column].astype("bool")
-        elif column in ("arch", "model", "dtype", "device", "status", "detail"):
-            table[column] = table[column].astype("str")
+        elif column in _TEXT:
+            table[column] = table[column].astype("object").where(table[column].notna(), "").astype("str")
         else:
             table[column] = table[column].astype("float64")
     return table
 
 
 class Records:
-    """Rows by key in a JSON-lines file; a line that an interruption cut short is ignored.
+    """Cells by key in a JSON-lines file, the last line of a key counts: one is added after every measured pass.
 
-    Raises OSError where the file cannot be read or written.
+    A line that an interruption cut short is ignored. Raises OSError where the file cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._cells: dict[str, Cell] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
         for line in text.splitlines():
             try:
-                record = json.loads(line)
-                self._rows[record["key"]] = record["row"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                cell = Cell(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
                 continue
+            self._cells[cell.key] = cell
         if text and not text.endswith("\n"):
             with path.open("a") as stream:
                 stream.write("\n")
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._rows
+    def find(self, empty: Cell) -> Cell:
+        """What is known of this cell: measured or given up, measured in part, or ``empty``. One whose process failed is
+        tried again."""
+        known = self._cells.get(empty.key, empty)
+        return empty if known.status == "failed" else known
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._rows[key]
-
-    def append(self, key: str, row: Mapping[str, Any]) -> None:
-        """Write one row at once, numbers that are NaN as null."""
-        clean = {name: None if isinstance(value, float) and value != value else value for name, value in row.items()}
+    def keep(self, cell: Cell) -> None:
+        """Write a cell as it is now."""
         with self.path.open("a") as stream:
-            stream.write(json.dumps({"key": key, "row": clean}) + "\n")
-        self._rows[key] = clean
+            stream.write(json.dumps(asdict(cell)) + "\n")
+        self._cells[cell.key] = cell

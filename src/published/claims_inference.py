@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from xlstm_scaling.accounting import ModelShape, prefill_flops, step_bytes
 from xlstm_scaling.fitting.resampling import bootstrap_counts
+from xlstm_scaling.fitting.runtime_versions import doubling_growth, is_steady
 
 from .claims import Answer, NotAnswerable
 from .claims_answers import Evidence, answer
@@ -22,7 +23,7 @@ Array = NDArray[np.float64]
 REQUIRED = ("model_type", "model_tag", "batch_size", "prefill_length_tokens", "ttft_s", "step_time_s")
 OPTIONAL = ("num_heads", "embedding_dim", "num_blocks", "ffn_dim", "vocab_size", "qk_dim_factor", "chunk_size")
 #: the authors' names of their two families
-FAMILIES = {"xlstm": "xlstm", "transformer": "llama2"}
+FAMILIES = {"xlstm": "xlstm", "transformer": "llama2", "llama3": "llama3"}
 RAW = "ttft_raw_pickle_s"
 GENERATED = 100  # tokens that a step time is taken over
 
@@ -218,6 +219,43 @@ def ttft_disagreement(evidence: Evidence, of: str) -> Answer:
     off = {name: float((both[name] / both["ttft_s_llama3"] - 1.0).abs().median()) for name in (RAW, "ttft_s")}
     note = f"{len(both)} pairs; the values that the fits used are off by {off['ttft_s']:.2f}."
     return Answer(off[RAW], n_runs=len(both), note=note)
+
+
+@answer
+def ttft_growth(evidence: Evidence, column: str, prefill: int, arch: str = "transformer") -> Answer:
+    """How often a TTFT grows when its prompt doubles from ``prefill`` tokens, median over models and batches.
+
+    Args:
+        column: `ttft_s`, or `ttft_raw_pickle_s` for the times as measured.
+        arch: transformer, xlstm, or llama3.
+    """
+    table = _measured(evidence, arch, None, column)
+    names = {"model_tag": "model", "prefill_length_tokens": "prefill_length"}
+    growth = doubling_growth(table.rename(columns=names), column)
+    if prefill not in growth.index:
+        raise NotAnswerable(f"{column} of {arch} at prefills {prefill} and {2 * prefill}")
+    steps = ", ".join(f"{value:.2f} from {length:.0f}" for length, value in growth.items())
+    note = f"{steps}: {'rises' if is_steady(growth) else 'does not rise'} steadily, as that of the FLOPs does."
+    return Answer(float(growth[prefill]), n_runs=len(table), note=note)
+
+
+@answer
+def prefill_memory(evidence: Evidence, arch: str, size: str, batch: int = 8) -> Answer:
+    """Bytes that are reserved for each further token of a prefill: slope over tokens, at `batch` sequences or more."""
+    column = "memory_reserved_gen1_bytes"
+    rows = _measured(evidence, arch, size, column)
+    rows = rows[(rows["prefill_length_tokens"] > 0) & (rows["batch_size"] >= batch)]
+    tokens = (rows["batch_size"] * rows["prefill_length_tokens"]).to_numpy(dtype=np.float64)
+    design, reserved = np.column_stack([tokens, np.ones_like(tokens)]), rows[column].to_numpy(dtype=np.float64)
+    if len(np.unique(tokens)) < 2:
+        raise NotAnswerable(f"{column} of {arch} {size} at two numbers of tokens")
+    slope = float(_solve(design, reserved, np.ones_like(tokens))[0])
+    generator = evidence.generator("prefill_memory", arch, size)
+    counts = bootstrap_counts(len(tokens), evidence.num_resamples, generator)
+    samples = np.array([_solve(design, reserved, drawn)[0] for drawn in counts])
+    vocab = float(rows["vocab_size"].iloc[0])
+    note = f"{slope / vocab:.1f} bytes for each of {vocab:.0f} logits."
+    return Answer(slope, *evidence.interval(samples), len(tokens), note)
 
 
 @answer

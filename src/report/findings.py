@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from xlstm_scaling.fitting.runtime_versions import doubling_growth, is_steady
+from xlstm_scaling.report.choice import choice_findings
 from xlstm_scaling.study.files import write_table, write_text_atomic
 
 NAMES = {"xlstm": "xLSTM", "transformer": "Transformer"}
+QUANTITIES = {"ttft": "time to first token", "step_time": "step time"}
+QUANTITIES["ttft_raw"] = f"{QUANTITIES['ttft']}, in the second version of its times,"
 VARIABLES = {"num_params": "N*", "num_tokens": "D*", "loss": "the least loss"}
 #: smallest training budget of the paper's IsoFLOP sets [FLOPs] (arXiv 2510.02228)
 PAPER_SMALLEST_BUDGET = 6e18
@@ -171,10 +175,30 @@ def _inference(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Fin
         yield "inference", text, growth, math.nan, math.nan, "inference/measurements"
     for row in models.itertuples():
         if np.isfinite(row.mape_held_out):
-            quantity = {"ttft": "time to first token", "step_time": "step time"}[row.quantity]
+            quantity = QUANTITIES[row.quantity]
             error = f"{row.mape_held_out:.0%}"
             text = f"{_name(row.arch)}: the runtime model misses the {quantity} of a size it has not seen by {error}."
             yield "runtime model", text, row.mape_held_out, math.nan, math.nan, "inference/runtime_model"
+    yield from _versions(measurements, models)
+
+
+def _versions(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Finding]:
+    """Which of two versions of the times to first token physics supports."""
+    for row in models[models.quantity == "ttft_raw"].itertuples():
+        mine = measurements[(measurements.arch == row.arch) & measurements.ttft_raw_s.notna()]
+        growth = {name: doubling_growth(mine, f"{name}_s") for name in ("ttft", "ttft_raw")}
+        texts = {name: ", ".join(f"{value:.2f}" for value in values) for name, values in growth.items()}
+        steady = {name: is_steady(values) for name, values in growth.items()}
+        verdict = {
+            (False, True): "physics supports the second version",
+            (True, False): "physics supports the first version",
+        }.get((steady["ttft"], steady["ttft_raw"]), "this does not tell the versions apart")
+        text = (
+            f"{_name(row.arch)}: of two versions of the times to first token, the first grows {texts['ttft']} times "
+            f"when the prompt doubles from {growth['ttft'].index.min():,.0f}, … tokens, the second {texts['ttft_raw']} "
+            f"times. FLOPs that go as a T + b T² make this number rise steadily towards 4: {verdict}."
+        )
+        yield "runtime model", text, float(growth["ttft_raw"].iloc[-1]), math.nan, math.nan, "inference/measurements"
 
 
 def _length(table: pd.DataFrame) -> Iterator[Finding]:
@@ -268,6 +292,7 @@ def findings(
         *_equal_loss(tables["fits/pareto_ratio"]),
         *_power_laws(tables["fits/power_laws"]),
         *_surface(tables["fits/surface"]),
+        *(choice_findings(tables) if "fits/surface_resamples" in tables else ()),
         *_overtraining(tables["fits/overtraining"]),
         *_forecasts(tables["fits/forecasts"]),
         *(_length(tables["evaluation/length"]) if "evaluation/length" in tables else ()),

@@ -38,7 +38,9 @@ def optimal_table(
     )
     cells = isoflop[(isoflop["status"] == "ok") & isoflop["flops_mean"].between(float(low), float(high))]
     rows: list[dict[str, Any]] = []
-    for (arch, context), lines in sorted(minima_lines(isoflop, resamples, config).items()):
+    for (arch, context), lines in sorted(
+        minima_lines(isoflop, resamples, config, ("num_params", "num_tokens")).items()
+    ):
         if not {"num_params", "num_tokens"} <= set(lines):
             continue
         mine = (cells["arch"] == arch) & (cells["context_length"] == context) & (cells["variable"] == "num_params")

@@ -66,6 +66,14 @@ class TokenParamCell:
 
 
 @dataclass
+class ContextScalingConfig:
+    """What the target ``context_scaling`` compares (``study.context_scaling``); empty: chosen by rule."""
+
+    context_lengths: list[int] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class StudyConfig:
     name: str = MISSING
     title: str = ""
@@ -75,6 +83,7 @@ class StudyConfig:
     sizes: dict[str, SizeConfig] = field(default_factory=dict)
     isoflop: dict[str, IsoflopCell] = field(default_factory=dict)
     tokenparam: dict[str, TokenParamCell] = field(default_factory=dict)
+    context_scaling: ContextScalingConfig = field(default_factory=ContextScalingConfig)
     warn_epochs: float = 4.0
     max_epochs: float = 16.0
     min_sizes: int = 4
@@ -166,8 +175,11 @@ class HardwareConfig:
     """Where runs run. Never part of a run's identity.
 
     ``name``: of the kernels' certificate. ``certification``: of kernels before they train, quick or full.
-    ``devices_per_run``: of one node, by torchrun; ``shard``: none (every device holds all parameters), full, or the
-    number of devices that share them.
+    ``devices_per_run``: of one node, by torchrun, on each of ``nodes_per_run`` (clusters); ``shard``: none (every
+    device holds all parameters), full, or the number of devices that share them. What a scheduler is asked for
+    (``study.resources``): ``start_time_s`` (before the first step and after the last) and ``time_factor`` times what
+    is expected, at most ``max_job_time_s`` a job, the last ``save_time_s`` of which are for saving; ``memory_factor``
+    times what is accounted for; GPUs of the kind ``gpu_type``.
     """
 
     name: str = "auto"
@@ -176,6 +188,7 @@ class HardwareConfig:
     flops_per_s: float = 5e10
     peak_flops: float | None = None
     devices_per_run: int = 1
+    nodes_per_run: int = 1
     shard: Any = "none"
     activation_checkpointing: bool = False
     micro_batch_sequences: int | None = None
@@ -185,6 +198,12 @@ class HardwareConfig:
     compile: bool = False
     prefetch_batches: int = 2
     trackers: list[str] = field(default_factory=list)
+    start_time_s: float = 60.0
+    time_factor: float = 3.0
+    memory_factor: float = 1.5
+    max_job_time_s: float | None = None
+    save_time_s: float = 60.0
+    gpu_type: str | None = None
 
 
 @dataclass
@@ -204,12 +223,47 @@ class EvaluationConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """The target ``latency_profile``: one size of ``inference.untrained``; null: as in the group itself."""
+
+    size: str = MISSING
+    prefill_lengths: list[int] | None = None
+    batch_sizes: list[int] | None = None
+    prefill_chunk: int | None = None
+    repeats: int | None = None
+    max_cell_s: float | None = None
+
+
+@dataclass
+class InferenceConfig:
+    """What is measured of inference (conf/inference); ranges are checked where it is used."""
+
+    prefill_lengths: list[int] = MISSING
+    batch_sizes: list[int] = MISSING
+    generate_steps: int = MISSING
+    repeats: int = MISSING
+    warmup: int = 1
+    prefill_chunk: int | None = None
+    max_cell_s: float = MISSING
+    num_threads: int = MISSING
+    dtype: str = "auto"
+    device: str = "cpu"
+    num_trained: int = 1
+    untrained: dict[str, Any] = field(default_factory=dict)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    runtime_model: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class PublishedInferenceConfig:
-    """What published measurements do not say of themselves."""
+    """What published measurements do not say of themselves; ``datasheet``: a device of ``accounting.hardware``, whose
+    peaks the roofline and the runtime model take; ``prefill_logits``: architecture -> last or all (docs/runtime.md)."""
 
     device: str = "gpu"
+    datasheet: str | None = None
     dtype: str = "bfloat16"
     generate_steps: int = 100
+    prefill_logits: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -227,9 +281,13 @@ class RunsConfig:
 
 
 SCHEMAS = {"study": StudyConfig, "training": TrainingConfig, "hardware": HardwareConfig, "runs": RunsConfig}
-SCHEMAS |= {"evaluation": EvaluationConfig}
+SCHEMAS |= {"evaluation": EvaluationConfig, "inference": InferenceConfig}
 GROUPS = ("study", "training", "hardware", "corpus", "tokenizer", "fitting", "inference", "figures", "runs")
 GROUPS += ("evaluation",)
+
+
+#: what a cluster job needs at least besides the time for saving [s]
+MIN_JOB_TIME_S = 180.0
 
 
 def conf_dir() -> Path:
@@ -289,6 +347,7 @@ def check(composed: DictConfig) -> DictConfig:
     _check_choice("runs.source", result.runs.source, ("trained", "published"))
     _check_choice("training.schedule.decay", result.training.schedule.decay, ("cosine", "constant"))
     _check_devices(result.hardware)
+    _check_jobs(result.hardware)
     for tracker in result.hardware.trackers:
         _check_choice("hardware.trackers", tracker, ("tensorboard", "wandb"))
     OmegaConf.set_readonly(result, True)
@@ -304,11 +363,29 @@ def _check_devices(hardware: DictConfig) -> None:
     shard, devices = hardware.shard, hardware.devices_per_run
     if devices < 1:
         raise ConfigError(f"hardware.devices_per_run must be at least 1, got {devices}")
+    if hardware.nodes_per_run < 1:
+        raise ConfigError(f"hardware.nodes_per_run must be at least 1, got {hardware.nodes_per_run}")
     number = isinstance(shard, int) and not isinstance(shard, bool) and shard >= 1
     if shard not in ("none", "full") and not number:
         raise ConfigError(f"hardware.shard must be none, full or a number of devices, got {shard!r}")
-    if devices > 1 and hardware.compile:
+    if devices * hardware.nodes_per_run > 1 and hardware.compile:
         raise ConfigError("hardware.compile is for one device a run: set hardware.compile=false")
+
+
+def _check_jobs(hardware: DictConfig) -> None:
+    """What a scheduler is asked for makes sense (study/resources.py)."""
+    for key in ("time_factor", "memory_factor"):
+        if not hardware[key] > 0:
+            raise ConfigError(f"hardware.{key} must be positive, got {hardware[key]:g}")
+    for key in ("start_time_s", "save_time_s"):
+        if hardware[key] < 0:
+            raise ConfigError(f"hardware.{key} must not be negative, got {hardware[key]:g}")
+    limit, least = hardware.max_job_time_s, hardware.save_time_s + MIN_JOB_TIME_S
+    if limit is not None and limit < least:
+        raise ConfigError(
+            f"hardware.max_job_time_s = {limit:g} leaves no time to train: at least {least:g} with "
+            f"hardware.save_time_s = {hardware.save_time_s:g}"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -33,8 +34,10 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: Path, mode: str = "wb", before_rename: Callable[[], None] | None = None) -> Iterator[IO]:
     """Open a temporary file beside ``path``; on success it takes the name, on failure it is removed.
+
+    ``before_rename``: called once all is on the disk; what it raises is a failure.
 
     Raises DiskFullError where the disk is full.
     """
@@ -48,11 +51,21 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(0o666 & ~_umask())
+            if before_rename is not None:
+                before_rename()
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@functools.cache
+def _umask() -> int:
+    """What this process takes from the permissions of new files, read once: a group may share a results folder."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -60,8 +73,13 @@ def write_text_atomic(path: Path, text: str) -> None:
         stream.write(text)
 
 
+def json_text(value: Any) -> str:
+    """JSON as all files of a study have it."""
+    return json.dumps(value, indent=1, allow_nan=True) + "\n"
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
-    write_text_atomic(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+    write_text_atomic(path, json_text(value))
 
 
 def write_table(table: pd.DataFrame, stem: Path) -> None:

@@ -74,6 +74,10 @@ class StudyPaths:
     def claims(self) -> Path:
         return self.study / "claims"
 
+    def experiment(self, name: str) -> Path:
+        """One of the experiments that are targets of their own (``experiments.EXPERIMENTS``)."""
+        return self.study / name
+
     @property
     def downloads(self) -> Path:
         """The paper's files, where they are fetched (``runs.download``)."""

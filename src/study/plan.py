@@ -65,11 +65,11 @@ class RunSpec:
     def arch(self) -> str:
         return self.shape["arch"]
 
-    @property
+    @cached_property
     def model_shape(self) -> ModelShape:
         return ModelShape(**self.shape)
 
-    @property
+    @cached_property
     def num_params(self) -> int:
         return count_params(self.model_shape)
 
@@ -78,7 +78,7 @@ class RunSpec:
         """D: every token that the run trains on, repeats counted."""
         return self.batch_sequences * self.context_length * self.num_train_steps
 
-    @property
+    @cached_property
     def flops_per_step(self) -> float:
         return count_flops(self.model_shape, self.context_length).forward_backward * self.batch_sequences
 

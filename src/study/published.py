@@ -82,7 +82,8 @@ def measurements_table(source: pd.DataFrame, settings: Mapping[str, Any]) -> pd.
         settings: ``runs.inference``: device and dtype, which the files do not name.
 
     Models without a shape (Llama 3) are left out. A prefill of no tokens is one step from the start token; it keeps
-    its step time and has no time to first token.
+    its step time and has no time to first token. ``ttft_raw_s`` is a second version of the times to first token, NaN
+    where the source has none.
 
     Raises:
         PublishedError: columns are missing, or no measurement is left.
@@ -127,7 +128,9 @@ def measurements_table(source: pd.DataFrame, settings: Mapping[str, Any]) -> pd.
             "detail": "",
         }
     )
-    return finish_table(table.to_dict("records"))
+    raw = source["ttft_raw_pickle_s"] if "ttft_raw_pickle_s" in source else pd.Series(float("nan"), index=source.index)
+    raw = raw.where((raw > 0) & (source["prefill_length_tokens"] > 0))
+    return finish_table(table.to_dict("records")).assign(ttft_raw_s=raw.to_numpy(dtype="float64"))
 
 
 def _read_pickle(path: Path) -> pd.DataFrame:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +46,12 @@ OPTIONAL_COUNTS = (
     *("num_params", "num_tokens", "global_batch_size_sequences", "num_train_steps"),
 )
 OPTIONAL_NUMBERS = ("num_flops", "tokens_per_param", "learning_rate")
+
+
+#: how often, and how long each time, a result is waited for whose run has finished [s]
+REWRITE_LOOKS, REWRITE_LOOK_S = 30, 2.0
+
+log = logging.getLogger(__name__)
 
 
 class TableError(ValueError):
@@ -147,10 +155,25 @@ def curves_table(specs: Sequence[RunSpec], runs_folder: Path) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def _missing(paths: Sequence[Path]) -> list[str]:
+    """Names of the runs without a result."""
+    return [path.parent.name for path in paths if not path.is_file()]
+
+
 def load_results(specs: Sequence[RunSpec], runs_folder: Path) -> list[dict]:
-    """``result.json`` of every run, in order. FileNotFoundError names the runs that are missing."""
+    """``result.json`` of every run, in order. FileNotFoundError names the runs that are missing.
+
+    Another study's workflow that wants a run removes its result before it asks for it, and has it again from the
+    trained model within seconds: this is waited for.
+    """
     paths = [Path(runs_folder) / spec.run_id / "result.json" for spec in specs]
-    missing = [path.parent.name for path in paths if not path.is_file()]
+    missing = _missing(paths)
+    for _ in range(REWRITE_LOOKS):
+        if not missing or not all((Path(runs_folder) / name / "final.ckpt").is_file() for name in missing):
+            break
+        log.info("%d results are being written again by another study; waiting for them", len(missing))
+        time.sleep(REWRITE_LOOK_S)
+        missing = _missing(paths)
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(specs)} runs have no result yet, e.g. {missing[0]}: run the stage `train` first"

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from xlstm_scaling.study.files import read_json
+from xlstm_scaling.study.locks import lock_state
 from xlstm_scaling.study.plan import RunSpec
 
 #: what a run can be: finished (ok, diverged), at work, stopped with an error, interrupted, not begun
 STATES = ("ok", "running", "diverged", "failed", "stopped", "pending")
-#: a curve entry younger than this counts as a sign of life where locks do not tell (another machine's file system) [s]
-ALIVE_S = 300.0
+#: lines of a failed run's log that are shown
+LOG_LINES = 8
 
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """``runs``: run_id, state, step, steps, loss, tokens_per_s, time left, detail; the rest over all runs."""
+    """``runs``: run_id, state, step, steps, loss, tokens_per_s, where (who trains it), detail, seconds_left; the rest
+    over all runs."""
 
     runs: pd.DataFrame
     flops_done: float
@@ -71,7 +71,7 @@ def study_status(specs: Sequence[RunSpec], runs_folder: Path, flops_per_s: float
 def _run_status(spec: RunSpec, folder: Path) -> dict:
     row = {
         "run_id": spec.run_id, "state": "pending", "step": 0, "steps": spec.num_train_steps, "loss": None,
-        "tokens_per_s": None, "detail": "",
+        "tokens_per_s": None, "where": "", "detail": "",
     }  # fmt: skip
     if (folder / "result.json").is_file():
         result = read_json(folder / "result.json")
@@ -80,11 +80,17 @@ def _run_status(spec: RunSpec, folder: Path) -> dict:
     entry = _last_entry(folder / "history.jsonl")
     if entry is not None:
         row |= {"step": entry["step"], "loss": entry["train_loss"], "tokens_per_s": entry["tokens_per_s"]}
-    if _is_running(folder):
-        return row | {"state": "running"}
+    held = lock_state(folder)
+    if held is not None and not held.dead:
+        return row | {"state": "running", "where": str(held.owner or "")}
     failure = folder / "failure.json"
     if failure.is_file():
-        return row | {"state": "failed", "detail": read_json(failure)["error"]}
+        failed = read_json(failure)
+        return row | {"state": "failed", "detail": failed["error"], "where": failed.get("process", "")}
+    if held is not None:
+        detail = f"its process ended or has been silent for {_duration(held.silent_s)}"
+        row |= {"where": str(held.owner or ""), "detail": detail}
+        return row | {"state": "stopped"}
     return row | {"state": "stopped"} if entry is not None else row
 
 
@@ -100,21 +106,14 @@ def _last_entry(history: Path) -> Mapping | None:
     return None
 
 
-def _is_running(folder: Path) -> bool:
-    """Whether a process holds the run's lock, or wrote into its curve just now."""
-    path = folder / ".lock"
-    if not path.is_file():
-        return False
-    lock = FileLock(path)
+def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
+    """The last lines of a log, without progress bars and empty lines; [] where there is none."""
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:  # no locks on this file system, or not our file
-        history = folder / "history.jsonl"
-        return history.is_file() and time.time() - history.stat().st_mtime < ALIVE_S
-    lock.release()
-    return False
+        text = Path(path).read_text(errors="replace")
+    except OSError:
+        return []
+    kept = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
+    return [line for line in kept if line.strip()][-lines:]
 
 
 def _duration(seconds: float) -> str:

@@ -7,10 +7,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from xlstm_scaling import experiments
 from xlstm_scaling.corpus import CorpusError, source_files
 from xlstm_scaling.corpus.tokenizer import tokenizer_files
 from xlstm_scaling.evaluation.selection import evaluated_runs
@@ -19,9 +23,10 @@ from xlstm_scaling.figures.study import drawable_names, figure_outputs
 from xlstm_scaling.fitting.tables import COLUMNS
 from xlstm_scaling.published.upstream import Upstream
 from xlstm_scaling.study.config import ConfigError, compose, conf_dir, is_published, normalise_overrides, to_dict
+from xlstm_scaling.study.context_scaling import context_scaling_runs, extra_runs
 from xlstm_scaling.study.files import digest
 from xlstm_scaling.study.paths import StudyPaths
-from xlstm_scaling.study.plan import RunSpec, TrunkSpec, benchmarked_runs, find_trunks, plan_runs
+from xlstm_scaling.study.plan import PlanError, RunSpec, TrunkSpec, benchmarked_runs, find_trunks, plan_runs
 from xlstm_scaling.study.published import (
     INFERENCE_FILES,
     has_inference,
@@ -57,6 +62,7 @@ class WorkflowStudy:
         self.overrides = [f"study={self.study_name}", *given, *overrides]
         self.config = compose(self.overrides)
         self.paths = StudyPaths.of(self.config, config.get("results", "results"))
+        self._there: dict[str, bool] = {}
         self._compare = config.get("compare") or []
         if self.published:
             published_folder(self.config, self.paths)
@@ -193,16 +199,82 @@ class WorkflowStudy:
         return {run.run_id: run for run in plan_runs(self.config)}
 
     @cached_property
+    def context_runs(self) -> dict[str, RunSpec]:
+        """Run id -> run that the target `context_scaling` compares and the study does not have; none where it cannot be
+        made, which is the target's error and not the study's."""
+        if self.published:
+            return {}
+        with suppress(PlanError):
+            extra = extra_runs(context_scaling_runs(self.config), self.runs.values())
+            return {run.run_id: run for run in extra}
+        return {}
+
+    @cached_property
+    def all_runs(self) -> dict[str, RunSpec]:
+        """Runs of the study, and of its experiments."""
+        return self.runs | self.context_runs
+
+    @property
+    def context_plan(self) -> Path:
+        return self.paths.experiment("context_scaling") / "plan.json"
+
+    def run_inputs(self, run_id: str, certificate: str, ancient: Callable[[str], str]) -> dict[str, Any]:
+        """Names and files that a run waits for, beside its tokens. One function for all: each one that Snakemake calls
+        costs more than what it does.
+
+        A run that is there waits for none of them: they count as ancient, and are left out where they are not there
+        yet, as in a folder that runs were adopted into (Snakemake heeds `ancient` only of files that exist).
+        """
+        finished = self.result(run_id).exists()
+
+        def kept(path: str) -> str | list[str]:
+            if not finished:
+                return path
+            return ancient(path) if self._is_there(path) else []
+
+        inputs = {"plan": kept(self.plan_of(run_id)), "certificate": kept(str(certificate))}
+        trunk = self.trunks.get(self.all_runs[run_id].trunk_id or "")
+        if trunk is not None:
+            inputs["trunk"] = kept(str(self.paths.trunks / trunk.trunk_id / "trunk.json"))
+        return inputs
+
+    def _is_there(self, path: str) -> bool:
+        """Whether a file exists that many runs share, looked up once."""
+        if path not in self._there:
+            self._there[path] = Path(path).exists()
+        return self._there[path]
+
+    def plan_of(self, run_id: str) -> str:
+        """The plan that a run is trained from."""
+        return str(self.paths.plan / "plan.json" if run_id in self.runs else self.context_plan)
+
+    def experiment_inputs(self, name: str) -> list[Path]:
+        """What the tables of an experiment are made from: results of runs, or published tables.
+
+        ConfigError where the study has no runs for it.
+        """
+        if name == "latency_profile":
+            return self.inference_files[:1] if self.published else []
+        if self.published:
+            return [self.paths.study / "runs.parquet"]
+        if name == "isoflop_sweep":
+            runs = [run for run in self.runs.values() if run.experiment_set == "isoflop"]
+        else:
+            runs = [run for _, run in context_scaling_runs(self.config)]
+        if not runs:
+            raise ConfigError(f"study={self.study_name} has no IsoFLOP runs for {name}: give study.isoflop a cell")
+        return list({self.result(run.run_id): None for run in runs})
+
+    def experiment_figures(self, name: str) -> list[Path]:
+        """The figures of an experiment."""
+        return figure_outputs(
+            self.paths.experiment(name) / "figures", to_dict(self.config), experiments.EXPERIMENTS[name][0]
+        )
+
+    @cached_property
     def trunks(self) -> dict[str, TrunkSpec]:
         """Trunk id -> what some runs share."""
         return {trunk.trunk_id: trunk for trunk in find_trunks(self.runs.values())}
-
-    def trunk_of(self, run_id: str, ancient: Callable[[str], str]) -> list[str]:
-        """What the run waits for of its trunk, while it has no result; [] without a trunk."""
-        trunk = self.trunks.get(self.runs[run_id].trunk_id or "")
-        if trunk is None:
-            return []
-        return [self.for_run(run_id, str(self.paths.trunks / trunk.trunk_id / "trunk.json"), ancient)]
 
     def result(self, run_id: str) -> Path:
         return self.paths.runs / run_id / "result.json"
@@ -210,10 +282,6 @@ class WorkflowStudy:
     @property
     def results(self) -> list[Path]:
         return [self.result(run_id) for run_id in self.runs]
-
-    def for_run(self, run_id: str, path: str, ancient: Callable[[str], str]) -> str:
-        """An input that a run must wait for, and whose changes are none of its business once it has its result."""
-        return ancient(str(path)) if self.result(run_id).exists() else str(path)
 
     @property
     def text_files(self) -> list[Path]:
@@ -227,6 +295,16 @@ class WorkflowStudy:
         """Digest of some groups of the configuration: a change reruns the rules that depend on it."""
         plain = to_dict(self.config)
         return digest({group: plain[group] for group in groups or sorted(plain)})[:16]
+
+    @property
+    def inference_digest(self) -> str:
+        """Digest of what the stage `inference` depends on."""
+        return digest({name: value for name, value in to_dict(self.config.inference).items() if name != "profile"})[:16]
+
+    @property
+    def profile_digest(self) -> str:
+        """Digest of what the target `latency_profile` measures."""
+        return digest([] if self.published else experiments.profile_settings(self.config))[:16]
 
     @cached_property
     def figures(self) -> list[Path]:
@@ -246,7 +324,8 @@ class WorkflowStudy:
     @cached_property
     def resources(self) -> JobResources:
         """What a scheduler is asked for."""
-        return JobResources(self.runs, self.trunks, self.config.hardware, self.paths.runs)
+        # a plain object: it is read thousands of times
+        return JobResources(self.all_runs, self.trunks, OmegaConf.to_object(self.config.hardware), self.paths.runs)
 
     def prepare_environment(self) -> None:
         """Let the rules' commands come from the environment of this interpreter, and share one warm process."""

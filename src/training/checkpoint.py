@@ -10,6 +10,7 @@ import io
 import pickle
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the reason."""
 
 
-def save_file(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` (tensors and plain values) with its digest, atomically."""
+def save_file(path: Path, content: dict[str, Any], before_rename: Callable[[], None] | None = None) -> None:
+    """Write ``content`` (tensors and plain values) with its digest, atomically; ``before_rename`` may still refuse."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     payload = buffer.getbuffer()
-    with atomic_write(path) as stream:
+    with atomic_write(path, before_rename=before_rename) as stream:
         stream.write(_HEADER.pack(MAGIC, FORMAT_VERSION, hashlib.sha256(payload).digest()))
         stream.write(payload)
 
@@ -61,6 +62,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
+        self.before_rename: Callable[[], None] | None = None  # may refuse what was written
 
     def paths(self) -> list[Path]:
         """Oldest first."""
@@ -73,7 +75,7 @@ class CheckpointFolder:
 
     def save(self, step: int, content: dict[str, Any]) -> Path:
         path = self.folder / f"step-{step}.ckpt"
-        save_file(path, content)
+        save_file(path, content, self.before_rename)
         for old in self.paths()[: -self.keep]:
             old.unlink()
         return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -15,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from xlstm_scaling.corpus import TokenDataset
+from xlstm_scaling.kernels.certification.certificate import describe_device, device_name
 from xlstm_scaling.kernels.certification.usage import certify_run
+from xlstm_scaling.study.code import code_version
 from xlstm_scaling.study.errors import Preempted
-from xlstm_scaling.study.files import DiskFullError, digest, write_json_atomic
+from xlstm_scaling.study.files import DiskFullError, digest, json_text, write_json_atomic, write_text_atomic
+from xlstm_scaling.study.locks import POLL_S, FolderLock, LockLost, Owner
 from xlstm_scaling.study.machine import keep_freed_memory
-from xlstm_scaling.study.plan import RunSpec
+from xlstm_scaling.study.plan import BEHAVIOUR_VERSION, RunSpec
 from xlstm_scaling.training.branch import load_branch
 from xlstm_scaling.training.checkpoint import load_file, save_file
 from xlstm_scaling.training.execution import Execution, measure_peak_flops
@@ -38,13 +39,14 @@ log = logging.getLogger(__name__)
 
 #: tokens up to this size are read and compared with their digest before a run; larger ones by their size alone
 DIGEST_CHECK_BYTES = 2**28
-#: how long process 0 waits for a run's lock before it tells the others that it still does [s]
-LOCK_WAIT_S = 10.0
 
 
 class Run:
     """A training run in its folder: ``spec.json``, ``history.jsonl``, ``checkpoints/``, ``final.ckpt``,
     ``result.json``. Under torchrun all processes execute it together, and process 0 writes."""
+
+    #: the file that the workflow waits for
+    outcome = "result.json"
 
     def __init__(self, spec: RunSpec, tokens_folder: Path, folder: Path, execution: Execution) -> None:
         self.spec, self.folder, self.execution = spec, Path(folder), execution
@@ -57,42 +59,57 @@ class Run:
         self.identity = digest({"spec": spec.identity(), "tokens": self.dataset.digest})
         self.parallel.require_same("what determines the run (its plan and its tokens)", self.identity)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.parallel)
+        self.lock = FolderLock(self.folder)
+        self.checkpoints.before_rename = self.lock.require
         self.stop = False
         self.keep_steps: frozenset[int] = frozenset()
 
     def execute(self) -> dict:
         """Train to the end, or return the result there is. Raises Preempted, CorpusError, DiskFullError."""
         with self._locked():
-            finished = self.parallel.share(self.finished_result() if self.parallel.leader else None)
-            if finished is not None:
+            result = self.parallel.share(self.finished_result() if self.parallel.leader else None)
+            if result is not None:
                 log.info("%s was trained before; nothing to do", self.spec.run_id)
-                return finished
+            else:
+                if self.parallel.leader:
+                    for leftover in self.folder.rglob(".*.tmp"):  # a killed process was writing
+                        leftover.unlink(missing_ok=True)
+                    write_json_atomic(self.folder / "spec.json", asdict(self.spec))
+                result = self.train()
             if self.parallel.leader:
-                for leftover in self.folder.rglob(".*.tmp"):  # a killed process was writing
-                    leftover.unlink(missing_ok=True)
-                write_json_atomic(self.folder / "spec.json", asdict(self.spec))
-            return self.train()
+                self.conclude(result)
+            return result
+
+    def conclude(self, result: dict) -> None:
+        """Write what the workflow waits for; what another study has written of this run stays as it is."""
+        path = self.folder / self.outcome
+        self.lock.require()
+        text = json_text(result)
+        if not path.is_file() or path.read_text() != text:
+            write_text_atomic(path, text)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """No other run in this folder; the others wait with process 0, and hear of it."""
-        lock = FileLock(self.folder / ".lock")
-        timeout = 0.0
+        """No other process at work in this folder (`study.locks`); the others wait with process 0, and hear of it."""
+        told = None
         while True:
-            if self.parallel.leader:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    lock.acquire(timeout=timeout)
-                except Timeout:
-                    if not timeout:
-                        log.info("%s is being trained by another process; waiting for it", self.spec.run_id)
-            timeout = LOCK_WAIT_S
-            if self.parallel.share(lock.is_locked):
+            held = self.lock.try_acquire() if self.parallel.leader else None
+            if held is not None and held.owner is not None and held.owner != told:
+                told = held.owner
+                log.info("%s is being trained by %s (since %s); waiting for it", self.spec.run_id, told, told.since)
+            if self.parallel.share(held is None):
                 break
+            time.sleep(POLL_S)
         try:
             yield
         finally:
-            lock.release()
+            self.lock.release()
+
+    def require_lock(self) -> None:
+        """Before anything is written. Raises LockLost on all processes."""
+        problem = self.parallel.share(self.lock.problem() if self.parallel.leader else None)
+        if problem is not None:
+            raise LockLost(problem)
 
     def finished_result(self) -> dict | None:
         """The result of a finished run of the same identity, else None."""
@@ -162,6 +179,7 @@ class Run:
         return {"identity": self.identity, "losses": self.losses, "seconds": self.seconds}
 
     def save(self) -> None:
+        self.require_lock()
         self.dataset.check_unchanged()
         trainer = self.trainer
         if self.parallel.world == 1:
@@ -202,6 +220,7 @@ class Run:
                 if trainer.step % interval == 0 or last:
                     validate = trainer.step % every < interval and not last
                     entry = self._entry(rate, norm, clock, trainer.validate() if validate else None)
+                    self.require_lock()
                     if self.parallel.leader:
                         metrics.log(entry)
                     bar.set_postfix(loss=f"{loss:.3f}", mfu=f"{entry['mfu']:.0%}", refresh=False)
@@ -218,9 +237,9 @@ class Run:
                     raise Preempted(f"{spec.run_id} saved at step {trainer.step}; run it again to go on")
 
     def _votes(self) -> tuple[bool, bool]:
-        """Whether this process was asked to stop, and whether a checkpoint is due (by the clock of process 0)."""
+        """Whether this process is to stop, and whether a checkpoint is due (by the clock of process 0)."""
         due = time.monotonic() - self.last_save > self.execution.checkpoint_interval_s
-        return self.stop, due and self.parallel.leader
+        return self.stop or self.lock.lost, due and self.parallel.leader
 
     def _save_if_possible(self, stop: bool) -> None:
         """A full disk now need not be full at the end; a run that is asked to stop has to save."""
@@ -252,6 +271,21 @@ class Run:
             "tokens_per_s": per_s * tokens_per_step,
             "mfu": per_s * spec.flops_per_step / self.peak_flops,
             "time_s": self.seconds,
+        }
+
+    def _provenance(self) -> dict[str, Any]:
+        """Where and by which code the result was made; no part of the run's identity."""
+        owner = self.lock.owner or Owner.here()
+        return {
+            "behaviour_version": BEHAVIOUR_VERSION,
+            "code": code_version(),
+            "device_name": device_name(describe_device(self.execution.device)),
+            "host": owner.host_name,
+            "host_pid": owner.pid,
+            "user": owner.user,
+            "job": owner.job,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "torch_version": str(torch.__version__),
         }
 
     def finish(self, status: str, detail: str, certified: dict) -> dict:
@@ -286,13 +320,14 @@ class Run:
             "devices": self.parallel.world,
             "device": self.execution.device,
             **certified,
-            "host_pid": os.getpid(),
-            "torch_version": str(torch.__version__),
+            **self._provenance(),
         }
         result = self.parallel.share(result)
         model = whole_state(trainer.model.state_dict(), self.parallel)
+        self.require_lock()
         if self.parallel.leader:
-            save_file(self.folder / "final.ckpt", {"identity": self.identity, "model": model, "result": result})
+            content = {"identity": self.identity, "model": model, "result": result}
+            save_file(self.folder / "final.ckpt", content, self.lock.require)
         self.checkpoints.clear()
         return result
 
@@ -346,11 +381,7 @@ class _SigtermStops:
 def train(spec: RunSpec, tokens_folder: Path, folder: Path, execution: Execution | None = None) -> dict:
     """Train one run in ``folder`` (or find it trained) and write ``result.json``; returns the result."""
     with failure_recorded(Path(folder)):
-        run = Run(spec, tokens_folder, folder, execution or Execution())
-        result = run.execute()
-        if run.parallel.leader:
-            write_json_atomic(Path(folder) / "result.json", result)
-    return result
+        return Run(spec, tokens_folder, folder, execution or Execution()).execute()
 
 
 @contextmanager
@@ -364,5 +395,6 @@ def failure_recorded(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         with suppress(OSError):  # the disk may be full
-            write_json_atomic(path, {"error": str(error) or repr(error), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            when = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "process": str(Owner.here())}
+            write_json_atomic(path, {"error": str(error) or repr(error)} | when)
         raise

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from xlstm_scaling.study.files import DiskFullError, digest, read_json, write_json_atomic
+from xlstm_scaling.study.locks import LockLost
 from xlstm_scaling.training.checkpoint import CheckpointError, CheckpointFolder, load_file, save_file
 from xlstm_scaling.training.parallel import Parallel, is_sharded, whole
 
@@ -180,7 +181,7 @@ class Checkpoints(CheckpointFolder):
     def save(self, step: int, content: dict[str, Any]) -> Path:
         """One process's checkpoint."""
         path = self.folder / f"step-{step}.ckpt"
-        save_file(path, content)
+        save_file(path, content, self.before_rename)
         self._prune()
         return path
 
@@ -200,7 +201,7 @@ class Checkpoints(CheckpointFolder):
         outcome, problem = None, None
         try:
             outcome = function(temporary, *arguments)
-        except (OSError, CheckpointError) as error:
+        except (OSError, CheckpointError, LockLost) as error:
             problem = error
         said = self.parallel.gather((outcome, problem))
         problem = next((problem for _, problem in said if problem is not None), None)
@@ -228,6 +229,8 @@ class Checkpoints(CheckpointFolder):
         manifest = {"kind": KIND, "format": FORMAT_VERSION, "world": self.parallel.world, "plain": plain}
         manifest |= {"tensors": names, "files": files}
         write_json_atomic(temporary / MANIFEST, manifest | {"digest": digest(manifest)})
+        if self.before_rename is not None:
+            self.before_rename()
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)

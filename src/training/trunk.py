@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from xlstm_scaling.study.files import write_json_atomic
 from xlstm_scaling.study.plan import TrunkSpec
 from xlstm_scaling.training.branch import branch_path, load_branch, trunk_identity
 from xlstm_scaling.training.checkpoint import CheckpointError, load_file, save_file
@@ -20,6 +19,8 @@ from xlstm_scaling.training.run import Run
 
 class Trunk(Run):
     """The shared part of some runs: ``branch-<step>.ckpt`` where each branches off, ``history.jsonl``."""
+
+    outcome = "trunk.json"
 
     def __init__(self, trunk: TrunkSpec, tokens_folder: Path, folder: Path, execution: Execution) -> None:
         super().__init__(trunk.spec, tokens_folder, folder, replace(execution, trunk=None))
@@ -51,10 +52,12 @@ class Trunk(Run):
 
     def keep(self) -> None:
         content = self.content()
+        self.require_lock()
         if self.parallel.leader:
-            save_file(branch_path(self.folder, self.trainer.step), content)
+            save_file(branch_path(self.folder, self.trainer.step), content, self.lock.require)
 
     def finish(self, status: str, detail: str, certified: dict) -> dict:
+        self.require_lock()
         self.checkpoints.clear()
         return self._result(status, detail)
 
@@ -67,8 +70,4 @@ class Trunk(Run):
 
 def train_trunk(trunk: TrunkSpec, tokens_folder: Path, folder: Path, execution: Execution | None = None) -> dict:
     """Train the shared part of some runs in ``folder`` (or find it trained) and write ``trunk.json``."""
-    run = Trunk(trunk, tokens_folder, folder, execution or Execution())
-    result = run.execute()
-    if run.parallel.leader:
-        write_json_atomic(Path(folder) / "trunk.json", result)
-    return result
+    return Trunk(trunk, tokens_folder, folder, execution or Execution()).execute()

@@ -167,7 +167,7 @@ def fit_surface(runs: pd.DataFrame, laws=LAWS) -> tuple[pd.DataFrame, pd.DataFra
                     }
                     bad = arch == "transformer" and subset == "tokenparam" and form == "gamma_free"
                     rows.append(
-                        row | {"status": "bound_hit" if bad else "ok", "detail": "E at its bound" if bad else ""}
+                        row | {"status": "bound_hit" if bad else "converged", "detail": "E at its bound" if bad else ""}
                     )
                 mine = runs[(runs["arch"] == arch) & (runs["status"] == "ok")]
                 value = e + a / mine["num_params"] ** alpha + b / mine["num_tokens"] ** beta
@@ -327,6 +327,25 @@ def make_length(archs=("xlstm", "transformer")) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def pad_resamples(draws: pd.DataFrame, resamples: int = 60) -> pd.DataFrame:
+    """The resamples of every cell, NaN where one has no minimum, as the stage `fit` writes them."""
+    if draws.empty:
+        return draws
+    keys = ["arch", "context_length", "isoflop_tag", "flops_mean", "variable"]
+    full = draws[keys].drop_duplicates().merge(pd.DataFrame({"resample": range(resamples)}), how="cross")
+    return full.merge(draws, on=[*keys, "resample"], how="left")
+
+
+def resample_surface(surface: pd.DataFrame, resamples: int = 60) -> pd.DataFrame:
+    """The surfaces at the main δ with E moved a little."""
+    rng, names = np.random.default_rng(4), ["arch", "context_length", "subset", "form", "huber_delta"]
+    main = surface[np.isclose(surface["huber_delta"], 1e-3)]
+    drawn = main[[*names, "A", "B", "E", "alpha", "beta", "gamma"]].merge(
+        pd.DataFrame({"resample": range(resamples)}), how="cross"
+    )
+    return drawn.assign(E=drawn["E"] * (1 + 0.005 * rng.normal(size=len(drawn))))
+
+
 def make_tables(archs=("xlstm", "transformer"), runs: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
     """Every table of a study."""
     runs = make_runs(archs) if runs is None else runs
@@ -338,10 +357,12 @@ def make_tables(archs=("xlstm", "transformer"), runs: pd.DataFrame | None = None
         "runs": runs,
         "curves": make_curves(runs),
         "fits/isoflop": isoflop,
+        "fits/isoflop_resamples": pad_resamples(draws),
         "fits/power_laws": laws,
         "fits/power_law_bands": bands,
         "fits/surface": surface,
         "fits/surface_predictions": predictions,
+        "fits/surface_resamples": resample_surface(surface),
         "fits/overtraining": fit_overtraining(runs),
         "fits/pareto": pareto,
         "fits/pareto_ratio": ratio,
@@ -349,7 +370,58 @@ def make_tables(archs=("xlstm", "transformer"), runs: pd.DataFrame | None = None
         "fits/sensitivity": make_sensitivity(laws),
         "evaluation/length": make_length(archs),
         **make_inference(archs),
+        **make_roofline(archs),
+        "context_scaling": make_context_scaling(archs),
     }
+
+
+def make_roofline(archs=("xlstm", "transformer")) -> dict[str, pd.DataFrame]:
+    """Intensities with a ridge of 20 FLOPs per byte, which prefills cross, and generation with a large batch."""
+    rows, crossings = [], []
+    for arch in archs:
+        key = {
+            "arch": arch,
+            "model": f"{arch}-2",
+            "num_params": 1e6,
+            "device": "cpu",
+            "dtype": "float32",
+            "ridge": 20.0,
+        }
+        for phase, slope in (("prefill", 0.1), ("generation", 0.01)):
+            for batch in (1, 8):
+                for length in (64, 1024, 16384):
+                    place = {"batch_size": batch, "prefill_length": length}
+                    for against in ("context", "batch"):
+                        value = slope * batch * (length if phase == "prefill" else 1000) ** 0.8
+                        rows.append(key | place | {"phase": phase, "against": against, "intensity": value})
+                    rates = {"intensity": value, "time_s": 0.1, "flops_per_s": min(1e10, 5e8 * value) / 3}
+                    rows.append(key | place | {"phase": phase, "against": "measured"} | rates)
+                for against in ("context", "batch"):
+                    found = {"phase": phase, "against": against, "batch_size": batch, "prefill_length": 64}
+                    found |= {"crossing": 100.0, "intensity_min": 1.0, "intensity_max": 90.0, "status": "rises"}
+                    crossings.append(key | found | {"detail": f"{phase} is bound by computing from 100 on"})
+    peaks = {"flops_per_s": 1e10, "bytes_per_s": 5e8}
+    about = {"device": "cpu", "dtype": "float32", "source": "measured", "method": "a product", "repeats": 5}
+    roofline = pd.DataFrame(rows).assign(flops=1.0, bytes=1.0)
+    device = pd.DataFrame([about | {"quantity": name, "value": value} for name, value in peaks.items()])
+    tables = {"roofline": roofline, "crossings": pd.DataFrame(crossings), "device": device}
+    return {f"inference/{name}": table for name, table in tables.items()}
+
+
+def make_context_scaling(archs=("xlstm", "transformer")) -> pd.DataFrame:
+    """The loss of three sizes at two contexts: a little better at the longer one."""
+    rows = []
+    for k, arch in enumerate(archs):
+        for size in (1e5, 3e5, 9e5):
+            first = 4.0 - 0.2 * np.log(size / 1e5) + 0.01 * k
+            for context in (256, 1024):
+                row = {"arch": arch, "size": "", "num_params": size, "context_length": context, "num_tokens": 20 * size}
+                row |= {"run_id": f"{arch}-{size:g}-{context}", "num_flops": 120 * size**2}
+                gap = 0.0 if context == 256 else -0.03 - 0.02 * k
+                row |= {"val_loss": first + gap, "reference_context": 256, "reference_loss": first}
+                row |= {"loss_difference": gap, "params_ratio": 1.0, "tokens_ratio": 1.0, "source": "extra"}
+                rows.append(row | {"status": "ok", "detail": ""})
+    return pd.DataFrame(rows)
 
 
 def make_forecasts(isoflop: pd.DataFrame) -> pd.DataFrame:

@@ -60,7 +60,9 @@ def test_a_study_without_any_row_is_said_not_raised(name, frames):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_missing_table_names_the_stage(name, tmp_path):
-    with pytest.raises(FigureError, match=r"table '.*' is missing .* run stage '(runs|fit|inference|evaluate)'"):
+    with pytest.raises(
+        FigureError, match=r"table '.*' is missing .* run stage '(runs|fit|inference|evaluate|context_scaling_tables)'"
+    ):
         draw(name, Tables(tmp_path))
 
 
@@ -132,6 +134,59 @@ def test_the_loss_by_position_is_that_of_the_table(tables):
         np.testing.assert_allclose(line.get_xydata(), expected)
     assert all(line.get_xdata()[0] == 1 for line in by_gid(figure, "training-context-256"))
     assert "bins are left out" in words(figure)
+
+
+def test_the_roofline_shows_intensities_ridge_and_what_was_reached(tables):
+    figure, table = draw("roofline", tables), tables["inference/roofline"]
+    for against, column, other in (
+        ("context", "prefill_length", "batch_size"),
+        ("batch", "batch_size", "prefill_length"),
+    ):
+        rows = table[(table["arch"] == "xlstm") & (table["phase"] == "generation") & (table["against"] == against)]
+        for value, line in rows.groupby(other):
+            (seen,) = by_gid(figure, f"generation-{against}-xlstm-{value:g}")
+            np.testing.assert_array_equal(seen.get_xydata(), line[[column, "intensity"]].to_numpy())
+        (ridge,) = by_gid(figure, f"ridge-{against}")
+        assert set(ridge.get_ydata()) == {20.0}
+    rows = table[(table["arch"] == "xlstm") & (table["phase"] == "prefill") & (table["against"] == "measured")]
+    seen = offsets(figure, "reached-prefill-xlstm")
+    assert sorted(map(tuple, seen)) == sorted(zip(rows["intensity"], rows["flops_per_s"]))
+    (roof,) = by_gid(figure, "roof-prefill")
+    x, y = roof.get_xydata().T
+    np.testing.assert_allclose(y, np.minimum(1e10, 5e8 * x))
+    assert "Ridge 20 FLOP/byte" in words(figure)
+    without = draw(
+        "roofline",
+        Tables(
+            frames={
+                **tables,
+                "inference/device": tables["inference/device"].iloc[:0],
+                "inference/roofline": table.assign(ridge=np.nan),
+            }
+        ),
+    )
+    assert "No ridge" in words(without) and not by_gid(without, "ridge-context")
+
+
+def test_the_latency_profile_is_of_one_size(tables):
+    figure, table = draw("latency_profile", tables), tables["inference/measurements"]
+    sizes = table.loc[table["arch"] == "xlstm", "num_params"]
+    rows = table[(table["num_params"] == sizes.max()) & (table["batch_size"] == 1) & (table["prefill_length"] > 0)]
+    (line,) = by_gid(figure, "profile-step_time_s-xlstm")
+    np.testing.assert_array_equal(line.get_xydata(), rows[["prefill_length", "step_time_s"]].to_numpy())
+    assert "out of memory" in words(figure)  # the Transformer's longest prefill
+
+
+def test_the_losses_by_context_are_those_of_the_table(tables):
+    figure, table = draw("context_scaling", tables), tables["context_scaling"]
+    lines = [line.get_xydata() for line in by_gid(figure, "context-transformer")]
+    rows = table[table["arch"] == "transformer"]
+    expected = [part[["context_length", "val_loss"]].to_numpy() for _, part in rows.groupby("num_params")]
+    for seen, wanted in zip(lines, expected, strict=True):
+        np.testing.assert_array_equal(seen, wanted)
+    rows = rows[rows["context_length"] == 1024]
+    seen = offsets(figure, "difference-transformer-1024")
+    assert sorted(map(tuple, seen)) == sorted(zip(rows["num_params"], rows["loss_difference"]))
 
 
 def test_every_run_is_in_the_overview_and_the_diverged_are_crossed(tables):

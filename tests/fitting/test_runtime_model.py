@@ -1,69 +1,111 @@
 """The runtime model: planted constants come back, what cannot be known is said, held-out sizes are held out."""
 
+import argparse
 import itertools
-from pathlib import Path
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from xlstm_scaling.accounting import Work, count_params, make_shape
+from xlstm_scaling.accounting.hardware import DEVICES
 from xlstm_scaling.fitting import FitError
-from xlstm_scaling.fitting.runtime_model import fit_runtime_models, predict_runtime
+from xlstm_scaling.fitting.runtime_command import run_runtime
+from xlstm_scaling.fitting.runtime_model import fit_runtime_models, predict_step_time_s, predict_ttft_s
+from xlstm_scaling.fitting.runtime_prediction import _times
 from xlstm_scaling.fitting.runtime_solver import TERMS, Design, elasticities, solve
-from xlstm_scaling.fitting.runtime_tables import MODEL_COLUMNS, PREDICTION_COLUMNS
+from xlstm_scaling.fitting.runtime_tables import (
+    COUNTS,
+    MODEL_COLUMNS,
+    PARAMETERS,
+    PREDICTION_COLUMNS,
+    RATES,
+    constants,
+    costs_of,
+    peak_rates,
+    term_counts,
+)
+from xlstm_scaling.inference.counts import add_counts
 
-ROOT = Path(__file__).resolve().parents[2]
+STEPS = 9
+SHAPES = ((256, 2, 2), (512, 9, 4), (1024, 4, 16), (1536, 16, 6), (2048, 24, 8), (3072, 6, 24))
 PLANTED = {
-    "ttft": {"effective_flops_per_s": 2e11, "bandwidth_bytes_per_s": 8e9, "overhead_s": 3e-4,
-             "overhead_per_block_s": 2e-4, "overhead_per_sequence_s": 1e-4},
-    "step_time": {"effective_flops_per_s": 5e9, "bandwidth_bytes_per_s": 1.5e10, "overhead_s": 1e-4,
-                  "overhead_per_block_s": 2e-4, "overhead_per_sequence_s": 3e-5},
+    ("xlstm", "ttft"): {
+        "linear_flops_per_s": 3e13, "weight_bytes_per_s": 5e10, "state_bytes_per_s": 2e10, "parallel_streams": 40.0,
+        "activation_bytes_per_s": 3e11, "overhead_s": 1e-3, "overhead_per_block_s": 3e-4,
+    },
+    ("transformer", "ttft"): {
+        "linear_flops_per_s": 3e13, "weight_bytes_per_s": 5e10, "mixing_flops_per_s": 1e13, "scores_per_s": 5e10,
+        "activation_bytes_per_s": 3e11, "overhead_per_block_s": 2e-4, "overhead_per_sequence_s": 4e-4,
+    },
+    ("xlstm", "step_time"): {
+        "weight_bytes_per_s": 2e11, "state_bytes_per_s": 1e11, "overhead_s": 5e-4, "overhead_per_block_s": 1e-4,
+        "overhead_per_batched_block_s": 5e-5, "overhead_per_sequence_s": 1e-5,
+    },
+    ("transformer", "step_time"): {
+        "weight_bytes_per_s": 2e11, "scores_per_s": 3e9, "parallel_streams": 60.0, "activation_bytes_per_s": 2e10,
+        "overhead_per_block_s": 1e-4,
+    },
 }  # fmt: skip
-CONSTANTS = list(PLANTED["ttft"])
+ARCHS = ("xlstm", "transformer")
+CONSTANTS = list(PARAMETERS.values())
 
 
 @pytest.fixture
 def settings():
-    return {"norm_p": 4.0, "huber_delta": 0.1, "min_measurements": 8, "num_resamples": 60, "confidence": 0.9, "seed": 0}
+    return {"norm_p": 4.0, "huber_delta": 0.1, "min_measurements": 8, "num_resamples": 4, "confidence": 0.9, "seed": 0}
 
 
-def planted(noise=0.0, seed=0, sizes=((3e5, 1), (2e6, 3), (1e7, 4), (5e7, 9)), change=None, archs=("xlstm",)):
+def row_of(arch, quantity, change=None, **other):
+    """A row of ``runtime_model`` with planted constants."""
+    given = PLANTED[arch, quantity] | (change or {})
+    values = {PARAMETERS[term]: np.nan if term in RATES else 0.0 for term in TERMS}
+    about = {"arch": arch, "quantity": quantity, "status": "ok", "norm_p": 4.0, "dtype": "float32"}
+    return about | {"prefill_logits": "last"} | values | given | other
+
+
+def planted(noise=0.0, seed=0, shapes=SHAPES, change=None, archs=("transformer",), device="cpu"):
     """Measurements that follow the model exactly, but for log-normal noise."""
     generator, rows = np.random.default_rng(seed), []
-    grid = itertools.product(archs, sizes, (1, 4, 16), (16, 128, 1024, 8192))
-    for arch, (size, blocks), batch, length in grid:
-        row = {"arch": arch, "model": f"{size:g}", "num_params": int(size), "num_blocks": blocks, "status": "ok"}
-        row |= {"batch_size": batch, "prefill_length": length, "dtype": "float32", "num_threads": 2, "device": "cpu"}
-        row |= {"ttft_flops": 2 * size * batch * length, "ttft_bytes": 4 * size + 3e2 * size**0.5 * batch * length}
-        row |= {"step_time_flops": 2 * size * batch, "step_time_bytes": 4 * size + 8 * size**0.5 * batch * length}
-        for quantity, constants in PLANTED.items():
-            values = constants | (change or {})
-            counts = row[f"{quantity}_flops"], row[f"{quantity}_bytes"]
-            time_s = float(predict_runtime(values, *counts, blocks, batch))
-            row[f"{quantity}_s"] = time_s * np.exp(noise * generator.standard_normal())
+    for arch, (d, blocks, heads), batch, length in itertools.product(
+        archs, shapes, (1, 2, 8, 64), (16, 128, 1024, 8192)
+    ):
+        shape = make_shape(arch, d, blocks, heads, 1024)
+        row = shape.as_dict() | {"model": f"d{d}", "num_params": count_params(shape), "status": "ok", "device": device}
+        row |= {"batch_size": batch, "prefill_length": length, "dtype": "float32", "num_threads": 2}
+        first = predict_ttft_s(row_of(arch, "ttft", change), shape, batch, length)
+        step = predict_step_time_s(row_of(arch, "step_time", change), shape, batch, length + (STEPS - 1) / 2)
+        row["ttft_s"], row["step_time_s"] = (
+            float(t) * np.exp(noise * generator.standard_normal()) for t in (first, step)
+        )
         rows.append(row)
-    return pd.DataFrame(rows)
+    return add_counts(pd.DataFrame(rows), STEPS)
 
 
 def test_planted_constants_come_back(settings):
-    models, predictions = fit_runtime_models(planted(), settings)
+    models, predictions = fit_runtime_models(planted(archs=ARCHS), settings)
     assert list(models.columns) == list(MODEL_COLUMNS) and list(predictions.columns) == list(PREDICTION_COLUMNS)
-    assert models["quantity"].tolist() == list(PLANTED)
+    assert len(models) == len(PLANTED) and set(predictions["quantity"]) == {"ttft", "step_time"}
     for row in models.to_dict("records"):
-        assert row["status"] == "ok" and row["detail"] == ""
-        for name, value in PLANTED[row["quantity"]].items():
-            assert row[name] == pytest.approx(value, rel=1e-3), (row["quantity"], name)
-        assert row["mape_fit"] < 1e-5 and row["mape_held_out"] < 1e-3
+        truth = PLANTED[row["arch"], row["quantity"]]
+        assert row["status"] == "ok" and row["mape_fit"] < 1e-4 and row["mape_held_out"] < 1e-2, row
+        for name in CONSTANTS:
+            if name in truth:
+                assert row[name] == pytest.approx(truth[name], rel=0.01), (row["arch"], row["quantity"], name)
+            else:
+                assert np.isnan(row[name]) or row[name] == 0, (row["arch"], row["quantity"], name)
 
 
 def test_intervals_hold_the_planted_constants(settings):
-    models, _ = fit_runtime_models(planted(noise=0.05), settings | {"num_resamples": 200, "confidence": 0.98})
+    models, _ = fit_runtime_models(planted(noise=0.03), settings | {"num_resamples": 60, "confidence": 0.98})
     inside = []
     for row in models.to_dict("records"):
-        for name, value in PLANTED[row["quantity"]].items():
-            assert row[f"{name}_lo"] <= row[name] <= row[f"{name}_hi"] or row[name] == 0
-            inside.append(row[f"{name}_lo"] <= value <= row[f"{name}_hi"])
-    assert np.mean(inside) >= 0.8
+        for name, value in PLANTED[row["arch"], row["quantity"]].items():
+            if np.isfinite(row[f"{name}_lo"]):
+                assert row[f"{name}_lo"] <= row[name] <= row[f"{name}_hi"] or np.isnan(row[f"{name}_hi"])
+                inside.append(row[f"{name}_lo"] <= value <= np.nan_to_num(row[f"{name}_hi"], nan=np.inf))
+    assert len(inside) > 7 and np.mean(inside) >= 0.75
 
 
 def test_an_outlier_hardly_moves_the_fit(settings):
@@ -71,45 +113,50 @@ def test_an_outlier_hardly_moves_the_fit(settings):
     table.loc[7, "ttft_s"] *= 20
     models, _ = fit_runtime_models(table, settings)
     row = models[models["quantity"] == "ttft"].iloc[0]
-    assert row["effective_flops_per_s"] == pytest.approx(PLANTED["ttft"]["effective_flops_per_s"], rel=0.05)
+    assert row["linear_flops_per_s"] == pytest.approx(3e13, rel=0.05)
 
 
-def test_a_bandwidth_that_never_binds_is_nan_and_said(settings):
-    models, predictions = fit_runtime_models(planted(change={"bandwidth_bytes_per_s": 1e16}), settings)
+def test_a_rate_that_never_binds_is_nan_and_said(settings):
+    models, predictions = fit_runtime_models(planted(noise=0.01, change={"weight_bytes_per_s": 1e16}), settings)
     row = models[models["quantity"] == "ttft"].iloc[0]
-    assert np.isnan(row["bandwidth_bytes_per_s"]) and np.isnan(row["bandwidth_bytes_per_s_hi"])
-    assert "bandwidth_bytes_per_s never binds" in row["detail"] and row["status"] == "ok"
-    assert row["effective_flops_per_s"] == pytest.approx(2e11, rel=0.02)
+    assert np.isnan(row["weight_bytes_per_s"]) and np.isnan(row["weight_bytes_per_s_hi"])
+    assert "weight_bytes_per_s never binds" in row["detail"] and row["status"] == "ok"
     assert (predictions["predicted_s"] > 0).all()
 
 
 def test_overheads_of_equally_deep_models_are_not_told_apart(settings):
-    table = planted(sizes=((3e5, 4), (2e6, 4), (1e7, 4)))
+    table = planted(shapes=((256, 4, 2), (512, 4, 4), (1024, 4, 16), (2048, 4, 8)))
     models, _ = fit_runtime_models(table, settings)
     for row in models.to_dict("records"):
         assert "overhead_per_block_s is not told apart from overhead_s" in row["detail"]
-        planted_sum = PLANTED[row["quantity"]]["overhead_s"] + 4 * PLANTED[row["quantity"]]["overhead_per_block_s"]
-        assert row["overhead_per_block_s"] == 0 and row["overhead_s"] == pytest.approx(planted_sum, rel=1e-2)
+        assert row["overhead_per_block_s"] == 0
+        together = 4 * PLANTED["transformer", row["quantity"]]["overhead_per_block_s"]
+        assert row["overhead_s"] == pytest.approx(together, rel=0.1)
 
 
-def test_proportional_flops_and_bytes_leave_one_rate(settings):
-    table = planted()
-    for quantity in PLANTED:
-        table[f"{quantity}_bytes"] = table[f"{quantity}_flops"] * 3
-    models, _ = fit_runtime_models(table, settings)
-    lost = dict(zip(models["quantity"], models[["effective_flops_per_s", "bandwidth_bytes_per_s"]].isna().to_numpy()))
-    assert lost["ttft"].tolist() == [False, True] and lost["step_time"].tolist() == [True, False]
+def test_no_rate_exceeds_the_data_sheet(settings):
+    """The planted machine is an H100 with faster memory than any: rates stop at the peak, or are said to be hidden."""
+    table = planted(noise=0.02, change={"weight_bytes_per_s": 6e12, "linear_flops_per_s": 3e15})
+    models, _ = fit_runtime_models(table, settings | {"datasheet": "H100"})
+    sheet = DEVICES["H100"]
+    for name in CONSTANTS:
+        peak = {"flops_per_s": sheet.flops_per_s("float32"), "bytes_per_s": sheet.bytes_per_s}
+        limit = next((value for end, value in peak.items() if name.endswith(end)), np.inf)
+        assert (models[name].dropna() <= limit * (1 + 1e-9)).all(), name
+    assert models["detail"].str.contains("data sheet").any()
+    assert np.isfinite(peak_rates("NVIDIA H100 80GB HBM3", "bfloat16")).any()
+    assert np.isinf(peak_rates("AMD EPYC", "float32")).all()
 
 
 def test_constants_are_never_negative(settings):
     generator = np.random.default_rng(4)
     table = planted()
-    for quantity in PLANTED:
+    for quantity in ("ttft", "step_time"):
         table[f"{quantity}_s"] = generator.lognormal(-6, 1.5, len(table))  # nothing to find
     models, _ = fit_runtime_models(table, settings)
     values = models[[f"{name}{end}" for name in CONSTANTS for end in ("", "_lo", "_hi")]].to_numpy()
     assert (values[np.isfinite(values)] >= 0).all()
-    rates = models[CONSTANTS[:2]].to_numpy()
+    rates = models[[PARAMETERS[term] for term in RATES]].to_numpy()
     assert (rates[np.isfinite(rates)] > 0).all()
 
 
@@ -123,6 +170,7 @@ def test_held_out_predictions_do_not_see_their_size(settings):
     def unseen(predictions):
         return predictions[predictions["held_out"] & (predictions["num_params"] == table["num_params"].max())]
 
+    assert len(unseen(after)) == 2 * largest.sum()
     assert np.allclose(unseen(before)["predicted_s"], unseen(after)["predicted_s"], rtol=1e-6)
     for row in models.itertuples():
         for held_out, mape in ((False, row.mape_fit), (True, row.mape_held_out)):
@@ -130,32 +178,95 @@ def test_held_out_predictions_do_not_see_their_size(settings):
             assert np.mean(np.abs(part["predicted_s"] / part["measured_s"] - 1)) == pytest.approx(mape)
 
 
-def test_predictions_follow_from_the_table_of_constants(settings):
-    table = planted(noise=0.03)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_predictions_follow_from_the_table_of_constants(settings, arch):
+    table = planted(noise=0.03, archs=(arch,))
     models, predictions = fit_runtime_models(table, settings)
-    blocks = table.drop_duplicates("num_params").set_index("num_params")["num_blocks"]
     for row in models.to_dict("records"):
         part = predictions[(predictions["quantity"] == row["quantity"]) & ~predictions["held_out"]]
-        again = predict_runtime(row, part["flops"], part["bytes"], blocks[part["num_params"]], part["batch_size"])
-        assert np.allclose(again, part["predicted_s"], rtol=1e-9)
+        for cell in part.itertuples():
+            d, blocks, heads = next(shape for shape in SHAPES if f"d{shape[0]}" == cell.model)
+            shape = make_shape(arch, d, blocks, heads, 1024)
+            if row["quantity"] == "ttft":
+                again = predict_ttft_s(row, shape, cell.batch_size, cell.prefill_length)
+            else:
+                again = predict_step_time_s(row, shape, cell.batch_size, cell.prefill_length + (STEPS - 1) / 2)
+            assert float(again) == pytest.approx(cell.predicted_s, rel=1e-9)
+
+
+@pytest.mark.parametrize(("arch", "quantity"), list(PLANTED))
+def test_times_grow_with_batch_and_length(arch, quantity):
+    """Every pair of neighbours on a grid, with all terms in play."""
+    everything = {"linear_flops_per_s": 3e13, "mixing_flops_per_s": 1e13, "state_bytes_per_s": 1e11}
+    everything |= {"scores_per_s": 1e10, "parallel_streams": 300.0, "overhead_s": 1e-4, "overhead_per_sequence_s": 1e-6}
+    row, shape = row_of(arch, quantity, everything), make_shape(arch, 512, 4, 4, 1024)
+    batch, length = np.meshgrid([1, 2, 3, 7, 50, 400, 3000], [1, 2, 63, 64, 65, 1000, 20000, 500000], indexing="ij")
+    predict = predict_ttft_s if quantity == "ttft" else predict_step_time_s
+    times = predict(row, shape, batch, length)
+    assert times.shape == batch.shape and (times > 0).all()
+    assert (np.diff(times, axis=0) > 0).all()
+    growth = np.diff(times, axis=1)
+    assert (growth >= 0).all()
+    if quantity == "step_time":
+        assert np.allclose(growth, 0) == (arch == "xlstm")  # its state does not grow
+
+
+def test_one_prediction_by_hand():
+    counts = {"linear_flops": 8.0, "weight_bytes": 6.0, "mixing_flops": 10.0, "scores": 4.0, "state_bytes": 2.0,
+              "activation_bytes": 3.0, "streams": 5.0}  # fmt: skip
+    work, shape = Work(**counts), make_shape("transformer", 64, 3, 2, 100)
+    row = row_of("transformer", "ttft", {
+        "linear_flops_per_s": 2.0, "weight_bytes_per_s": 3.0, "mixing_flops_per_s": 5.0, "scores_per_s": 8.0,
+        "state_bytes_per_s": 4.0, "parallel_streams": 10.0, "activation_bytes_per_s": 6.0, "overhead_s": 100.0,
+        "overhead_per_block_s": 10.0, "overhead_per_batched_block_s": 1.0, "overhead_per_sequence_s": 1000.0,
+    }, norm_p=2.0)  # fmt: skip
+    expected = np.hypot(4, 2) + (2 + 0.5 + 0.5) * np.hypot(1, 2) + 0.5 + 100 + 3 * (10 + 1) + 1000 * 7
+    assert float(_times(row, work, shape, np.float64(7))) == pytest.approx(expected, rel=1e-12)
+    assert float(_times(row, work, shape, np.float64(1))) == pytest.approx(expected - 3 - 6000, rel=1e-12)
+
+
+def test_logits_of_every_token_cost_time():
+    shape = make_shape("xlstm", 512, 4, 4, 50304)
+    row = row_of("xlstm", "ttft", {"weight_bytes_per_s": np.nan})  # so that products are not in a smooth maximum
+    last, every = (float(predict_ttft_s(row, shape, 2, 4096, logits=which)) for which in ("last", "all"))
+    flops, moved = 2 * 4095 * 2 * 512 * 50304, 2 * 4095 * (4 * (512 + 50304) + 50304 * 16)
+    assert every - last == pytest.approx(flops / 3e13 + moved / 3e11, rel=1e-9)
+    assert every == float(predict_ttft_s(row | {"prefill_logits": "all"}, shape, 2, 4096))
+
+
+@pytest.mark.parametrize(
+    ("change", "batch"),
+    [({"arch": "xlstm"}, 1), ({"quantity": "step_time"}, 1), ({"status": "too_few_measurements"}, 1), ({}, 0)],
+)
+def test_a_prediction_from_the_wrong_row_is_refused(change, batch):
+    with pytest.raises(ValueError, match=r"row of runtime_model|at least 1"):
+        predict_ttft_s(row_of("transformer", "ttft") | change, make_shape("transformer", 64, 3, 2, 100), batch, 10)
+
+
+def test_constants_and_costs_are_inverse():
+    costs = np.random.default_rng(0).lognormal(0, 3, len(TERMS))
+    costs[[2, 5]] = 0.0
+    assert np.allclose(costs_of(constants(costs)), costs, rtol=1e-14)
 
 
 def test_rows_and_units_of_order_do_not_matter(settings):
-    table = planted(noise=0.05, archs=("xlstm", "transformer"))
+    table = planted(noise=0.05)
     models, predictions = fit_runtime_models(table, settings)
     shuffled = fit_runtime_models(table.sample(frac=1, random_state=1), settings)
     pd.testing.assert_frame_equal(models, shuffled[0])
     pd.testing.assert_frame_equal(predictions, shuffled[1])
-    slow = table.assign(**{f"{q}_s": 1000 * table[f"{q}_s"] for q in PLANTED})  # a machine 1000 times slower
+    slow = table.assign(
+        **{f"{q}_s": 1000 * table[f"{q}_s"] for q in ("ttft", "step_time")}
+    )  # a machine 1000 times slower
     scaled = fit_runtime_models(slow, settings)[0]
-    assert np.allclose(scaled["effective_flops_per_s"] * 1000, models["effective_flops_per_s"], rtol=1e-3)
+    assert np.allclose(scaled["weight_bytes_per_s"] * 1000, models["weight_bytes_per_s"], rtol=1e-3)
     assert np.allclose(scaled["mape_fit"], models["mape_fit"], rtol=1e-4)
 
 
 def test_gradient_is_that_of_finite_differences():
     table = planted(noise=0.1)
-    columns = [table[c].to_numpy(float) for c in ("ttft_flops", "ttft_bytes", "num_blocks", "batch_size", "ttft_s")]
-    design = Design.of(*columns, norm_p=3.0)
+    terms = term_counts({name: table[f"ttft_{name}"] for name in COUNTS}, table["num_blocks"], table["batch_size"])
+    design = Design.of(terms, table["ttft_s"].to_numpy(), norm_p=3.0)
     theta = np.random.default_rng(0).normal(-1, 1, len(TERMS))
     for k in range(len(TERMS)):
         ends = []
@@ -164,14 +275,27 @@ def test_gradient_is_that_of_finite_differences():
             ends.append(np.log(design.predict_costs(design.costs(moved))))
         assert np.allclose((ends[0] - ends[1]) / 2e-5, elasticities(design, theta)[:, k], atol=1e-8)
     found = solve(design, np.ones(len(TERMS), bool), 0.1)
-    assert np.allclose(elasticities(design, found.theta).sum(1), 1)  # all shares of the time
+    shares = np.delete(elasticities(design, found.theta), TERMS.index("wait"), axis=1)
+    assert np.allclose(shares.sum(1), 1)  # the wait only stretches the mixing
+
+
+def test_the_second_version_of_times_is_fitted_apart(settings):
+    table = planted(noise=0.02)
+    slower = np.where(table["prefill_length"] > 1000, 3.0, 1.0)
+    models, _ = fit_runtime_models(table.assign(ttft_raw_s=table["ttft_s"] * slower), settings)
+    assert models["quantity"].tolist() == ["ttft", "ttft_raw", "step_time"]
+    plain = fit_runtime_models(table, settings)[0]
+    pd.testing.assert_frame_equal(
+        models[models["quantity"] != "ttft_raw"].reset_index(drop=True), plain.reset_index(drop=True)
+    )
+    assert len(fit_runtime_models(table.assign(ttft_raw_s=table["ttft_s"]), settings)[0]) == 2  # the same times
 
 
 def test_unusable_rows_are_left_out_and_too_few_refuse(settings):
     table = planted()
     table.loc[::2, ["status", "ttft_s", "step_time_s"]] = ["skipped", np.nan, np.nan]
     models, _ = fit_runtime_models(table, settings)
-    assert (models["num_measurements"] == 24).all()
+    assert (models["num_measurements"] == len(table) // 2).all()
     models, predictions = fit_runtime_models(table.iloc[:10], settings)
     assert (models["status"] == "too_few_measurements").all() and models[CONSTANTS].isna().all(axis=None)
     assert predictions.empty and list(predictions.columns) == list(PREDICTION_COLUMNS)
@@ -181,10 +305,10 @@ def test_nothing_to_fit_is_an_error_that_says_why(settings):
     table = planted()
     skipped = table.assign(status="skipped", ttft_s=np.nan, step_time_s=np.nan)
     cases = [
-        (skipped, settings, "48 skipped"),
+        (skipped, settings, "96 skipped"),
         (table.assign(ttft_s=np.nan, step_time_s=np.nan), settings, "no finite positive time"),
         (table.iloc[:0], settings, "empty"),
-        (table.drop(columns="ttft_flops"), settings, "ttft_flops"),
+        (table.drop(columns="ttft_scores"), settings, "ttft_scores"),
         (pd.concat([table, table.assign(dtype="bfloat16")]), settings, "mix settings"),
         (table, settings | {"norm_p": 0.5}, "norm_p"),
     ]
@@ -193,31 +317,21 @@ def test_nothing_to_fit_is_an_error_that_says_why(settings):
             fit_runtime_models(measurements, config)
 
 
-@pytest.fixture(scope="module")
-def paper_measurements(paper):
-    """The paper's measurements on one H100 as the table ``measurements``."""
-    from xlstm_scaling.accounting import make_shape
-    from xlstm_scaling.inference.counts import add_counts
-
-    data = pd.read_csv(paper / "inference.csv")
-    data = data[data["used_in_paper_fit"] & (data["prefill_length_tokens"] > 0)]
-    rows = []
-    for row in data.itertuples():
-        arch = "xlstm" if row.model_type == "xlstm" else "transformer"
-        shape = make_shape(arch, int(row.embedding_dim), int(row.num_blocks), int(row.num_heads), 50304, 128)
-        cell = {"model": row.model_tag, "num_params": row.num_params, "dtype": "bfloat16", "num_threads": 1}
-        cell |= {"batch_size": row.batch_size, "prefill_length": row.prefill_length_tokens, "device": "H100"}
-        cell |= {"ttft_s": row.ttft_s, "step_time_s": row.step_time_s, "status": "ok"}
-        rows.append(shape.as_dict() | cell)
-    return add_counts(pd.DataFrame(rows), generate_steps=100)
-
-
-def test_paper_measurements(settings, paper_measurements):
-    models, _ = fit_runtime_models(paper_measurements, settings | {"num_resamples": 20})
-    fits = models.set_index(["arch", "quantity"])
-    assert (fits["status"] == "ok").all()
-    # the paper's effective speeds over sizes: 1.6e14 to 4.1e14 FLOP/s, less than the peak of 9.9e14
-    assert fits.xs("ttft", level="quantity")["effective_flops_per_s"].between(1.5e14, 9.9e14).all()
-    # positive and below the 3.35e12 bytes/s of the memory, where the paper's xLSTM fit was negative
-    assert fits.loc[("xlstm", "step_time"), "bandwidth_bytes_per_s"] > 0
-    assert (fits["mape_held_out"] < 1.0).all()
+def test_the_command_prints_constants_and_errors_by_size(settings, tmp_path, capsys):
+    models, predictions = fit_runtime_models(planted(noise=0.02), settings)
+    with pytest.raises(FileNotFoundError, match="run the stage"):
+        run_runtime(argparse.Namespace(study=tmp_path, json=False))
+    (tmp_path / "inference").mkdir()
+    models.to_parquet(tmp_path / "inference" / "runtime_model.parquet")
+    predictions.to_parquet(tmp_path / "inference" / "runtime_predictions.parquet")
+    assert run_runtime(argparse.Namespace(study=tmp_path, json=False)) == 0
+    text = capsys.readouterr().out
+    row = models[models["quantity"] == "step_time"].iloc[0]
+    assert f"{row['scores_per_s']:.3g}" in text and f"on sizes held out {row['mape_held_out']:.1%}" in text
+    assert run_runtime(argparse.Namespace(study=tmp_path / "inference", json=True)) == 0
+    errors = pd.DataFrame(json.loads(capsys.readouterr().out)["errors"])
+    assert len(errors) == 2 * len(SHAPES) and errors["num_measurements"].sum() == models["num_measurements"].sum()
+    for quantity, part in errors.groupby("quantity"):
+        whole = models[models["quantity"] == quantity].iloc[0]
+        mean = np.average(part["mape_held_out"], weights=part["num_measurements"])
+        assert mean == pytest.approx(whole["mape_held_out"], rel=1e-9)

@@ -1,34 +1,41 @@
-"""The benchmark: its table, what it leaves out and says so, and that it goes on where it stopped."""
+"""The benchmark: its table, what it leaves out and says so, that a dead process is a result, and that it goes on."""
 
 import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
+from dying import Build, Dying, never
 
 from xlstm_scaling.accounting import count_params, make_shape, prefill_flops, step_flops
-from xlstm_scaling.inference import cells, timing
-from xlstm_scaling.inference.benchmark import BenchmarkModel, measure, untrained_models
+from xlstm_scaling.experiments import profile_settings
+from xlstm_scaling.inference.benchmark import BenchmarkError, BenchmarkModel, measure, untrained_models
+from xlstm_scaling.inference.cells import Cell, expect, predicted_memory
 from xlstm_scaling.inference.counts import COUNT_COLUMNS, add_counts
-from xlstm_scaling.inference.records import MEASUREMENT_COLUMNS
+from xlstm_scaling.inference.records import MEASUREMENT_COLUMNS, Records
+from xlstm_scaling.inference.timing import prepare
 from xlstm_scaling.models import build_model
+from xlstm_scaling.study.config import ConfigError, compose, to_dict
 
-ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"d16b1": {"embedding_dim": 16, "num_blocks": 1, "num_heads": {"xlstm": 2, "transformer": 2}}}
+SIZES = {"d16b1": {"embedding_dim": 16, "num_blocks": 1, "num_heads": {"xlstm": 2, "transformer": 2}}, "none": None}
+SHAPE = make_shape("transformer", 16, 1, 2, 32)
 
 
 @pytest.fixture
 def config():
     settings = {"prefill_lengths": [16, 5], "batch_sizes": [2, 1], "generate_steps": 3, "repeats": 2, "warmup": 1}
-    return settings | {"max_cell_s": 30.0, "num_threads": 1, "dtype": "float32"}
+    return settings | {"max_cell_s": 100.0, "num_threads": 1, "dtype": "float32", "prefill_chunk": None}
 
 
-def tiny(name="tiny", arch="transformer", build=None):
-    shape = make_shape(arch, 16, 1, 2, 32)
-    return BenchmarkModel(name, arch, shape, trained=True, build=build or (lambda: build_model(shape, seed=0)))
+def tiny(name="tiny", build=None):
+    return BenchmarkModel(name, "transformer", SHAPE, trained=True, build=build or Build(SHAPE))
 
 
 def test_table_has_a_row_for_every_cell_with_ordered_quartiles(config, tmp_path):
@@ -47,81 +54,158 @@ def test_table_has_a_row_for_every_cell_with_ordered_quartiles(config, tmp_path)
     assert np.allclose(table["decode_tokens_per_s"], table["batch_size"] / table["step_time_s"])
     parameters = [4 * count_params(model.shape) for model in models for _ in range(4)]
     assert (table["peak_memory_bytes"] >= parameters).all()
+    assert (table["predicted_memory_bytes"] > parameters).all()
+    assert table["load"].between(0, 1).all()
+    without = table["decode_energy_j_per_token"].isna()
+    assert (table.loc[without, "energy_detail"] != "").all()  # no number without a reason
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "measurements.parquet"), table)
     assert len(pd.read_csv(tmp_path / "measurements.csv")) == len(table)
     assert table["trained"].tolist() == [True] * 4 + [False] * 8
 
 
 def test_an_interrupted_stage_goes_on_where_it_stopped(config, tmp_path):
-    first = measure([tiny()], config, tmp_path, progress=False)
-    lines = (tmp_path / "measurements.jsonl").read_text().splitlines()
-    (tmp_path / "measurements.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # cut in a line
-    built = []
+    ledger = tmp_path / "ledger"
+    model = tiny(build=Build(SHAPE, str(ledger)))
+    first = measure([model], config, tmp_path, progress=False)
+    records = tmp_path / "measurements.jsonl"
+    lines = records.read_text().splitlines()
+    assert len(lines) == 4 * (1 + 2)  # after the warm-up and after each repeat of every cell
+    kept, cut = lines[:7], lines[7]  # warm-ups, the first repeat of three cells, and the fourth cut in a line
+    records.write_text("\n".join(kept) + "\n" + cut[:20])
+    again = measure([model], config, tmp_path, progress=False)
+    assert ledger.read_text().count("built") == 2
+    passes = [json.loads(line) for line in records.read_text().splitlines() if line[:20] != cut[:20] or line == cut]
+    done = {cell["key"]: cell for cell in passes}
+    before = {cell["key"]: cell for cell in map(json.loads, kept)}
+    for key, cell in done.items():
+        assert len(cell["ttft_s"]) == 2 and len(cell["step_times_s"]) == 2 * 3
+        assert cell["ttft_s"][: len(before[key]["ttft_s"])] == before[key]["ttft_s"]  # never measured twice
+    assert (again["status"] == "ok").all() and not again["ttft_s"].equals(first["ttft_s"])
+    measure([model], config, tmp_path, progress=False)
+    assert ledger.read_text().count("built") == 2  # complete: nothing is built
+    measure([model], config | {"repeats": 3}, tmp_path, progress=False)
+    assert ledger.read_text().count("built") == 3  # other settings are other cells
 
-    def build():
-        built.append(1)
-        return build_model(tiny().shape, seed=0)
 
-    again = measure([tiny(build=build)], config, tmp_path, progress=False)
-    assert len(built) == 1
-    kept = {json.loads(line)["row"]["ttft_s"] for line in lines[:3]}
-    assert kept <= set(again["ttft_s"])
-    assert len(set(again["ttft_s"]) & set(first["ttft_s"])) == 3
-    measure([tiny(build=build)], config, tmp_path, progress=False)
-    assert len(built) == 1  # complete: nothing is built
-    measure([tiny(build=build)], config | {"repeats": 3}, tmp_path, progress=False)
-    assert len(built) == 2  # other settings are other cells
+KILLED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from dying import Dying
+from test_benchmark import SHAPE, tiny
+from xlstm_scaling.inference.benchmark import measure
+
+if __name__ == "__main__":
+    how = f"parent:{sys.argv[3]}/measurements.jsonl:9"  # four warm-ups, four first repeats and a second one
+    measure([tiny(build=Dying(SHAPE, 16, how, 5))], json.loads(sys.argv[2]), sys.argv[3], progress=False)
+"""
+
+
+def test_a_stage_that_is_killed_goes_on_with_what_it_had(config, tmp_path):
+    """SIGKILL in the second repeat of the first batch's longer prefill: its 5th prompt of 16 tokens."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    words = [sys.executable, str(script), str(Path(__file__).parent), json.dumps(config), str(tmp_path)]
+    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    before = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
+    known = {cell["key"]: cell for cell in before}
+    assert len(known) == 4 and sorted(len(cell["ttft_s"]) for cell in known.values()) == [1, 1, 1, 2]
+    table = measure([tiny()], config, tmp_path, progress=False)
+    after = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
+    assert after[: len(before)] == before
+    for cell in after[len(before) :]:
+        assert cell["ttft_s"][: len(known[cell["key"]]["ttft_s"])] == known[cell["key"]]["ttft_s"]
+    assert (table["status"] == "ok").all() and (table["repeats"] == 2).all()
+    # the cell that was complete was not begun again
+    (complete,) = (key for key, cell in known.items() if len(cell["ttft_s"]) == 2)
+    assert complete not in {cell["key"] for cell in after[len(before) :]}
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "words"),
+    [("SIGKILL", "out_of_memory", "SIGKILL"), ("SIGABRT", "failed", "SIGABRT"), ("error", "failed", "a bug"),
+     ("memory", "out_of_memory", "8 bytes")],
+)  # fmt: skip
+def test_a_process_that_dies_is_a_result_and_the_rest_goes_on(config, tmp_path, how, status, words):
+    lengths = {"prefill_lengths": [5, 16, 24], "batch_sizes": [1]}
+    models = [tiny("dying", Dying(SHAPE, 16, how)), tiny("after")]
+    table = measure(models, config | lengths, tmp_path, progress=False)
+    dying, after = table[table["model"] == "dying"], table[table["model"] == "after"]
+    assert (after["status"] == "ok").all()
+    assert dying["status"].tolist()[:2] == ["ok", status] and words in dying["detail"].iloc[1]
+    if status == "out_of_memory":  # it would need more still
+        assert "not tried" in dying["detail"].iloc[2]
+    else:
+        assert dying["status"].iloc[2] == "ok"
+    # a process that failed is tried again, memory that did not suffice is not
+    again = Records(tmp_path / "measurements.jsonl")
+    keys = {json.loads(line)["key"] for line in (tmp_path / "measurements.jsonl").read_text().splitlines()}
+    lost = [again.find(Cell(1, 16, key)) for key in keys]
+    assert sum(cell.status == "out_of_memory" for cell in lost) == (2 if status == "out_of_memory" else 0)
+    assert sum(not cell.ttft_s and cell.status == "ok" for cell in lost) == (0 if status == "out_of_memory" else 1)
+
+
+def test_a_pass_without_end_is_ended_and_skipped(config, tmp_path):
+    lengths = {"prefill_lengths": [16], "batch_sizes": [1], "max_cell_s": 0.5}
+    table = measure([tiny("hanging", Dying(SHAPE, 16, "hang"))], config | lengths, tmp_path, progress=False)
+    assert table["status"].tolist() == ["skipped"] and "max_cell_s = 0.5: ended" in table["detail"][0]
+
+
+def test_where_every_process_fails_the_stage_does(config, tmp_path):
+    with pytest.raises(BenchmarkError, match="RuntimeError: a bug"):
+        measure([tiny(build=never)], config, tmp_path, progress=False)
+    assert not (tmp_path / "measurements.parquet").exists()
 
 
 def test_a_cell_that_takes_too_long_is_skipped_and_longer_ones_not_tried(config, tmp_path):
-    table = measure([tiny()], config | {"max_cell_s": 1e-6}, tmp_path, progress=False)
+    table = measure([tiny()], config | {"max_cell_s": 1e-4}, tmp_path, progress=False)
     assert (table["status"] == "skipped").all()
-    assert table["detail"].str.contains("max_cell_s").sum() == 2  # the first prefill of each batch
-    assert table["detail"].str.contains("not tried").sum() == 2
+    assert "max_cell_s" in table["detail"].iloc[0]
+    assert table["detail"].str.contains("not tried").tolist() == [False, True, True, True]
     assert table["ttft_s"].isna().all() and (table["repeats"] == 0).all()
 
 
-def test_a_cell_predicted_to_take_too_long_is_never_run(config, tmp_path, monkeypatch):
-    run = []
-
-    def pass_memory(model, prompt, steps):
-        run.append(prompt.shape[1])
-        return 1.0, 1000
-
-    monkeypatch.setattr(cells, "pass_memory", pass_memory)
-    lengths = {"prefill_lengths": [4, 4096], "batch_sizes": [1], "max_cell_s": 3.5}
+def test_a_cell_that_memory_cannot_hold_is_never_run(config, tmp_path):
+    """By the accounting alone: reading a trillion tokens here would be the end of the machine."""
+    lengths = {"prefill_lengths": [4, 10**12], "batch_sizes": [1], "max_cell_s": 1e30}
     table = measure([tiny()], config | lengths, tmp_path, progress=False)
-    assert run == [4]
-    assert table["status"].tolist() == ["ok", "skipped"] and "predicted" in table["detail"][1]
+    assert table["status"].tolist() == ["ok", "out_of_memory"] and "predicted" in table["detail"][1]
+
+
+def test_predicted_times_follow_the_flops(config):
+    """pass time x FLOPs x passes, against twice max_cell_s: the longest prefill that is tried is that of this rule."""
+    before = Cell(1, 100, "a", pass_s=0.5)
+    for length in (200, 1000, 5000, 20_000):
+        cell = Cell(1, length, "b")
+        predicted_s = 0.5 * prefill_flops(SHAPE, length) / prefill_flops(SHAPE, 100) * 3
+        tried = expect(cell, [before], SHAPE, config, 1e12)
+        assert tried == (predicted_s <= 2 * config["max_cell_s"])
+        assert tried or (cell.status == "skipped" and f"{predicted_s:.3g} s" in cell.detail)
+    assert not expect(Cell(2, 20_000, "c"), [before, Cell(1, 20_000, "b", status="skipped")], SHAPE, config, 1e12)
+    assert expect(Cell(1, 200, "c"), [Cell(1, 100, "b", status="failed")], SHAPE, config, 1e12)
+    # a larger batch, by the smaller one at its prefill
+    slow = Cell(1, 100, "a", pass_s=40.0)
+    assert expect(Cell(1, 100, "b"), [], SHAPE, config, 1e12)
+    assert not expect(Cell(4, 100, "b"), [slow], SHAPE, config, 1e12)
+
+
+def test_memory_is_judged_by_accounting_and_by_what_was_measured(config):
+    items = predicted_memory(SHAPE, 1, 1000, config)
+    needed = sum(items.values()) - items["parameters"]
+    assert expect(Cell(1, 1000, "a"), [], SHAPE, config, needed / 0.89)
+    assert not expect(Cell(1, 1000, "a"), [], SHAPE, config, needed / 0.91)
+    # the previous prefill took twice what accounting says: so will this one
+    items = predicted_memory(SHAPE, 1, 500, config)
+    half = sum(items.values()) - items["parameters"]
+    before = Cell(1, 500, "a", pass_s=1e-6, extra_memory_bytes=2 * half)
+    assert not expect(Cell(1, 1000, "b"), [before], SHAPE, config, 2 * needed / 0.91)
+    assert expect(Cell(1, 1000, "b"), [before], SHAPE, config, 2 * needed / 0.89)
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
-)
-def test_memory_that_runs_out_is_a_result(config, tmp_path, monkeypatch, error):
-    real = timing.pass_memory
-
-    def pass_memory(model, prompt, steps):
-        if prompt.shape == (2, 16):
-            raise error
-        return real(model, prompt, steps)
-
-    monkeypatch.setattr(cells, "pass_memory", pass_memory)
-    table = measure([tiny()], config, tmp_path, progress=False)
-    assert table["status"].tolist() == ["ok", "ok", "ok", "out_of_memory"]
-
-
-def test_other_errors_are_not_swallowed(config, tmp_path):
-    def build():
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        measure([tiny(build=build)], config, tmp_path, progress=False)
-
-
-@pytest.mark.parametrize(
-    "change", [{"repeats": 0}, {"warmup": 0}, {"prefill_lengths": []}, {"batch_sizes": [0]}, {"max_cell_s": 0}]
-)
+    "change",
+    [{"repeats": 0}, {"warmup": 0}, {"prefill_lengths": []}, {"batch_sizes": [0]}, {"max_cell_s": 0},
+     {"prefill_chunk": 0}],
+)  # fmt: skip
 def test_settings_out_of_range_are_refused(config, tmp_path, change):
     with pytest.raises(ValueError, match=next(iter(change))):
         measure([tiny()], config | change, tmp_path, progress=False)
@@ -136,7 +220,7 @@ def test_models_need_distinct_names(config, tmp_path):
 def test_prepare_keeps_what_is_computed_in_fp32(arch):
     shape = make_shape(arch, 16, 1, 2, 32)
     reference = build_model(shape, seed=0, compute_dtype=torch.bfloat16)
-    model = timing.prepare(build_model(shape, seed=0), torch.bfloat16)
+    model = prepare(build_model(shape, seed=0), torch.bfloat16)
     tokens = torch.arange(12)[None]
     with torch.inference_mode():
         assert torch.equal(model(tokens), reference(tokens))  # cast once or in every pass: the same bits
@@ -150,7 +234,7 @@ def test_counts_are_those_of_accounting(config, tmp_path):
         steps = [step_flops(shape, row.prefill_length + k, row.batch_size) for k in range(3)]
         assert row.step_time_flops == pytest.approx(np.mean(steps), rel=1e-12)
     half = add_counts(table.assign(dtype="bfloat16"), generate_steps=3)
-    assert list(half.columns) == list(table.columns)
+    assert set(half.columns) == set(table.columns)
     for column in COUNT_COLUMNS:
         expected = table[column] / (2 if column.endswith("bytes") else 1)  # a Transformer has no fp32 state
         assert np.allclose(half[column], expected)
@@ -158,21 +242,44 @@ def test_counts_are_those_of_accounting(config, tmp_path):
         add_counts(table.assign(dtype="int3"))
 
 
-@pytest.mark.parametrize("name", ["default", "smoke"])
+@pytest.mark.parametrize("name", ["default", "smoke", "long"])
 def test_configured_sizes_make_models(name):
-    config = yaml.safe_load((ROOT / "conf" / "inference" / f"{name}.yaml").read_text())
-    models = untrained_models(config["untrained"], ["xlstm", "transformer"], 1024)
-    assert len(models) == 2 * len(config["untrained"])
+    settings = to_dict(compose([f"inference={name}"]).inference)
+    models = untrained_models(settings["untrained"], ["xlstm", "transformer"], 1024)
+    assert len(models) == 2 * sum(size is not None for size in settings["untrained"].values()) >= 4
     for a, b in zip(models[: len(models) // 2], models[len(models) // 2 :], strict=True):
         assert abs(count_params(a.shape) / count_params(b.shape) - 1) < 0.1  # sizes are compared side by side
 
 
-def test_one_slow_pass_does_not_lose_a_cell(config, tmp_path, monkeypatch):
-    times = iter([10.0, 0.001])  # 3 passes of 10 s would exceed max_cell_s, 3 of the second look do not
+def test_records_hold_cells_as_they_were(tmp_path):
+    cell = Cell(2, 5, "k", pass_s=0.1, peak_memory_bytes=3.0, ttft_s=[0.2], step_times_s=[0.1, 0.3], others=[0.0])
+    records = Records(tmp_path / "x.jsonl")
+    records.keep(cell)
+    found = Records(tmp_path / "x.jsonl").find(Cell(2, 5, "k"))
+    assert asdict(found) == asdict(cell) and not found.complete(2) and found.complete(1)
 
-    def pass_memory(model, prompt, steps):
-        return next(times), 1000
 
-    monkeypatch.setattr(cells, "pass_memory", pass_memory)
-    one = {"prefill_lengths": [4], "batch_sizes": [1], "max_cell_s": 15.0}
-    assert measure([tiny()], config | one, tmp_path, progress=False)["status"].tolist() == ["ok"]
+def test_builders_can_be_sent_to_another_process():
+    import pickle
+
+    from xlstm_scaling.training.trainer import load_trained
+
+    for model in untrained_models(SIZES, ["xlstm"], 32):
+        assert pickle.loads(pickle.dumps(model)) == model
+    pickle.dumps(partial(load_trained, Path("x")))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"), [("+inference.prefil_chunk=3", "prefil_chunk"), ("inference.repeats=many", "many")]
+)
+def test_a_setting_that_does_not_exist_or_has_no_number_is_refused(override, words):
+    with pytest.raises(ConfigError, match=words):
+        compose([override])
+
+
+def test_the_profile_is_of_one_size_that_exists():
+    settings, size = profile_settings(compose(["inference=long", "inference.profile.repeats=null"]))
+    assert list(size) == ["d192b3"] and settings["repeats"] == 2  # of the group itself
+    assert max(settings["prefill_lengths"]) >= 2**15 and "profile" not in settings
+    with pytest.raises(ConfigError, match=r"profile.size = 'd384b4' .* known: d192b3, d256b4"):
+        profile_settings(compose(["inference=long", "inference.profile.size=d384b4"]))

@@ -68,6 +68,8 @@ def test_a_trained_run_continues_a_prompt(arch, runs, tiny_tokens, capsys):
     ids = text.encode(prompt, "prompt")
     assert row["prompt_tokens"] == len(ids)
     assert generate(model, torch.from_numpy(ids), 20)[0, len(ids) :].tolist() == row["tokens"]
+    by_torch = json.loads(command(capsys, *words, "--json", "--decoder", "torch")[1])
+    assert by_torch["tokens"] == row["tokens"]
     assert text.decode(row["tokens"]) == row["text"]
 
 
@@ -132,6 +134,7 @@ def test_text_comes_in_whole_characters(imported):
         (["MODEL", "--prompt", "a", "--device", "cuda:99"], "CUDA devices"),
         (["MODEL", "--prompt", "a", "--device", "abacus"], "--device abacus"),
         (["MODEL", "--prompt", "a", "--max-tokens", str(10**12)], "GB of them the cache"),
+        (["MODEL", "--prompt", "a", "--decoder", "graph"], "CUDA graphs need a GPU"),
         (["SMALL", "--prompt", "z"], "another model's tokenizer"),
         (["BARE", "--prompt", "a"], "no tokenizer.json in"),
         (["NAMELESS", "--prompt", "a", "--stop-at-end-of-document"], "does not say which token ends a document"),

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -148,3 +149,26 @@ def test_pages(tmp_path):
     assert "http" not in page  # needs no network
     assert (tmp_path / "findings.md").read_text().startswith("# A & B")
     assert len(pd.read_csv(tmp_path / "findings.csv")) == len(pd.read_parquet(tmp_path / "findings.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        ("jump", "smooth", "supports the second version"),
+        ("smooth", "jump", "supports the first version"),
+        ("smooth", "smooth", "does not tell the versions apart"),
+    ],
+)
+def test_the_version_of_times_that_grows_as_attention_does_is_the_one_that_physics_supports(first, second, verdict):
+    """Times a T + b T² grow by more and more when T doubles; a jump at one length makes them grow by less after it."""
+    length = np.array([1024, 2048, 4096, 8192, 16384])
+    times = {"smooth": 1e-3 * length + 1e-7 * length**2.0, "jump": 1e-3 * length * np.where(length > 1024, 2, 1)}
+    measured = pd.DataFrame(
+        {"arch": "transformer", "model": "m", "status": "ok", "batch_size": 1, "num_params": 1000, "step_time_s": 1e-3,
+         "prefill_length": length, "ttft_s": times[first], "ttft_raw_s": times[second]}
+    )  # fmt: skip
+    models = pd.DataFrame({"arch": "transformer", "quantity": ["ttft", "ttft_raw"], "mape_held_out": [0.12, 0.05]})
+    text = "\n".join(
+        findings(tables() | {"inference/measurements": measured, "inference/runtime_model": models}).statement
+    )
+    assert verdict in text and "in the second version of its times, of a size it has not seen by 5%" in text

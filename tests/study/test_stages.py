@@ -1,12 +1,13 @@
 """The stages in order on a tiny corpus, by hand; the command line's manners."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from xlstm_scaling import stages
+from xlstm_scaling import cli, stages
 from xlstm_scaling.cli import run_command
 from xlstm_scaling.study.paths import StudyPaths
 from xlstm_scaling.study.plan import plan_runs
@@ -95,7 +96,7 @@ def test_status_of_a_study(study, tiny_config):
 
 
 def test_status_tells_running_failed_diverged_and_stopped_apart(study, tiny_config, tmp_path):
-    from filelock import FileLock
+    from xlstm_scaling.study.locks import folder_locked
 
     specs = plan_runs(tiny_config)[:5]
     folders = [tmp_path / spec.run_id for spec in specs]
@@ -106,7 +107,7 @@ def test_status_tells_running_failed_diverged_and_stopped_apart(study, tiny_conf
     lost = {"status": "diverged", "val_loss": None, "tokens_per_s": 1000.0, "detail": "nan", "steps_done": 3}
     (folders[1] / "result.json").write_text(json.dumps(lost))
     (folders[2] / "failure.json").write_text(json.dumps({"error": "disk full"}))
-    with FileLock(folders[0] / ".lock"):
+    with folder_locked(folders[0], "the run"):
         status = study_status(specs, tmp_path, 1e9)
     assert list(status.runs.state) == ["running", "diverged", "failed", "stopped", "pending"]
     assert list(status.runs.step) == [3, 3, 3, 3, 0]
@@ -118,6 +119,45 @@ def test_status_tells_running_failed_diverged_and_stopped_apart(study, tiny_conf
     rates = [1000.0 * spec.flops_per_step / spec.batch_sequences / spec.context_length for spec in specs[:4]]
     left = sum(spec.num_flops for spec in unfinished) - 3 * sum(spec.flops_per_step for spec in (specs[0], *specs[2:4]))
     assert min(rates) <= left / status.seconds_left <= max(rates)
+
+
+def test_the_end_of_a_log_is_shown_without_progress_bars(tmp_path):
+    from xlstm_scaling.study.status import log_tail
+
+    path = tmp_path / "run.log"
+    path.write_text("INFO begins\n  0%|  | 0/5\r 20%|# | 1/5\rINFO resumes\n\nTraceback\nValueError: no\n")
+    assert log_tail(path, 3) == ["INFO resumes", "Traceback", "ValueError: no"]
+    assert log_tail(tmp_path / "none.log") == []
+
+
+def test_the_command_status_says_where_a_run_is_and_what_failed(study, tiny_overrides, tiny_config, tmp_path, capsys):
+    from xlstm_scaling.study.locks import folder_locked
+
+    first, second = plan_runs(tiny_config)[:2]
+    log = tmp_path / "logs" / "runs" / f"{second.run_id}.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("ValueError: the reason\n")
+    (tmp_path / "runs" / second.run_id).mkdir(parents=True)
+    (tmp_path / "runs" / second.run_id / "failure.json").write_text(json.dumps({"error": "the reason"}))
+    with folder_locked(tmp_path / "runs" / first.run_id, "the run"):
+        assert cli.run_command(["status", *tiny_overrides, "--results", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert f"process {os.getpid()} on" in text
+    assert f"{log} ends with" in text
+    assert "    ValueError: the reason" in text
+
+
+def test_a_result_that_another_study_writes_again_is_waited_for(study, tiny_config, tmp_path, monkeypatch):
+    from xlstm_scaling.study import runs
+
+    spec = plan_runs(tiny_config)[0]
+    folder = tmp_path / spec.run_id
+    folder.mkdir()
+    monkeypatch.setattr(runs.time, "sleep", lambda _: (folder / "result.json").write_text("{}"))
+    with pytest.raises(FileNotFoundError, match="run the stage `train`"):
+        runs.load_results([spec], tmp_path)
+    (folder / "final.ckpt").touch()
+    assert runs.load_results([spec], tmp_path) == [{}]
 
 
 def test_a_failed_run_leaves_its_error(study, tiny_config, tiny_tokens, tmp_path):

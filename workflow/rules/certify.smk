@@ -15,6 +15,7 @@ rule certify:
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:
+        **study.resources.one_device,
         mem_mb=2000,
         runtime=30,
     params:

@@ -15,6 +15,7 @@ rule evaluate:
         "../envs/xlstm-scaling.yaml"
     threads: study.config.hardware.threads_per_run
     resources:
+        **study.resources.one_device,
         # words of the command line; as params they would rerun rules that they do not concern
         arguments=study.arguments,
         mem_mb=2000,

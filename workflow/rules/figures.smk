@@ -6,7 +6,7 @@ rule figures:
         fits=study.fit_files(".parquet"),
         inference=study.inference_files,
         evaluation=study.evaluation_files,
-        code=study.code("figures"),
+        code=study.code("figures") + study.code("planning"),
     output:
         [
             report(
@@ -28,7 +28,7 @@ rule figures:
     resources:
         # words of the command line; as params they would rerun rules that they do not concern
         arguments=study.arguments,
-        mem_mb=1000,
+        mem_mb=2000,
         runtime=10,
     params:
         config_digest=study.digest("figures"),

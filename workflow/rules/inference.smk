@@ -5,9 +5,7 @@ rule inference:
         trained=[study.result(run.run_id) for run in study.benchmarked_runs],
         code=study.code("inference") + study.code("fitting", "runtime_*.py"),
     output:
-        measurements=paths.inference / "measurements.parquet",
-        model=paths.inference / "runtime_model.parquet",
-        predictions=paths.inference / "runtime_predictions.parquet",
+        study.inference_files,
     log:
         LOGS / study.config.study.name / "inference.log",
     benchmark:
@@ -16,12 +14,13 @@ rule inference:
         "../envs/xlstm-scaling.yaml"
     threads: workflow.cores
     resources:
+        **study.resources.one_device,
         # words of the command line; as params they would rerun rules that they do not concern
         arguments=study.arguments,
         mem_mb=4000,
         runtime=60,
     params:
-        config_digest=study.digest("inference"),
+        config_digest=study.inference_digest,
         trained=[run.run_id for run in study.benchmarked_runs],
     shell:
         "xlstm-scaling inference {resources.arguments} 2> {log}"

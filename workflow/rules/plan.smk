@@ -15,6 +15,7 @@ rule plan:
         LOGS / study.config.study.name / "plan.log",
     benchmark:
         LOGS / study.config.study.name / "plan.tsv"
+    localrule: True
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:

@@ -70,7 +70,12 @@ if study.published_inference:
         """Published measurements of time to first token and step time, and the runtime model; nothing is timed here."""
         input:
             measurements=study.published_inference,
-            code=study.code("inference", "counts.py") + study.code("fitting", "runtime_*.py"),
+            code=[
+                *study.code("inference", "counts.py"),
+                *study.code("inference", "roofline.py"),
+                *study.code("inference", "probe.py"),
+                *study.code("fitting", "runtime_*.py"),
+            ],
         output:
             study.inference_files,
             published=paths.inference / "published.parquet",
@@ -85,7 +90,7 @@ if study.published_inference:
             mem_mb=1000,
             runtime=20,
         params:
-            config_digest=study.digest("inference"),
+            config_digest=study.inference_digest,
             settings=study.published_inference_digest,
         shell:
             "OMP_NUM_THREADS=1 xlstm-scaling inference {resources.arguments} 2> {log}"

@@ -6,7 +6,7 @@ rule findings:
         inference=study.inference_files,
         evaluation=study.evaluation_files,
         provenance=study.provenance,
-        code=study.code("report"),
+        code=study.code("report") + study.code("planning"),
     output:
         html=report(
             paths.study / "findings.html",
@@ -28,9 +28,9 @@ rule findings:
         LOGS / paths.study.name / "findings.log",
     benchmark:
         LOGS / paths.study.name / "findings.tsv"
+    localrule: True
     conda:
         "../envs/xlstm-scaling.yaml"
-    localrule: True
     resources:
         # words of the command line; as params they would rerun rules that they do not concern
         arguments=study.arguments,
@@ -56,9 +56,9 @@ rule report:
         LOGS / paths.study.name / "report.log",
     benchmark:
         LOGS / paths.study.name / "report.tsv"
+    localrule: True
     conda:
         "../envs/xlstm-scaling.yaml"
-    localrule: True
     resources:
         config_words=study.workflow_config_arguments,
         snakefile=workflow.main_snakefile,

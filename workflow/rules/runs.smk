@@ -16,6 +16,7 @@ rule runs:
         LOGS / study.config.study.name / "runs.log",
     benchmark:
         LOGS / study.config.study.name / "runs.tsv"
+    localrule: True
     conda:
         "../envs/xlstm-scaling.yaml"
     resources:

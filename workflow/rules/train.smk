@@ -1,10 +1,19 @@
 # several devices a run: a process each, by torchrun (docs/distribution.md)
 DEVICES = study.config.hardware.devices_per_run
-TRAIN = (
-    "xlstm-scaling train"
-    if DEVICES == 1
-    else f"torchrun --standalone --nproc-per-node {DEVICES} -m -- xlstm_scaling.cli train"
-)
+JOBS = study.resources
+if "SLURM_JOB_ID" in os.environ and workflow.remote_exec:
+    # a job of the profile slurm: it may have several nodes, and goes on in a next job where it is stopped
+    TRAIN = f"exec python -m xlstm_scaling.study.slurm {JOBS.launcher}"
+elif DEVICES == 1:
+    TRAIN = "xlstm-scaling train"
+else:
+    TRAIN = f"torchrun --standalone --nproc-per-node {DEVICES} -m -- xlstm_scaling.cli train"
+
+
+def pack(wildcards):
+    """Short runs share jobs, where the profile says how many of a kind do (group-components)."""
+    kind = JOBS.pack(wildcards.run)
+    return kind if kind in workflow.group_settings.group_components else None
 
 
 rule train:
@@ -32,9 +41,11 @@ if study.trunks:
             "../envs/xlstm-scaling.yaml"
         threads: study.config.hardware.threads_per_run * DEVICES
         resources:
+            **JOBS.devices,
             command=TRAIN,
-            mem_mb=1500,
-            runtime=lambda wildcards: max(10, round(3 * study.estimated_time_s(wildcards.trunk) / 60)),
+            slurm_extra=JOBS.slurm_options,
+            mem_mb=lambda wildcards, attempt: JOBS.memory_mb(wildcards.trunk, attempt),
+            runtime=lambda wildcards, attempt: JOBS.minutes(wildcards.trunk, attempt),
         params:
             results=paths.results,
             # another length is another branch
@@ -49,24 +60,28 @@ rule train_run:
     """One run; its folder's name carries the digest of all that determines its loss."""
     input:
         # what concerns a run is in its name, and a certificate changes no loss: a run that is there waits for neither of
-        # the two. One that is not must: Snakemake leaves out jobs that only wait for ancient files which are made anew
-        plan=lambda wildcards: study.for_run(wildcards.run, rules.plan.output.plan, ancient),
-        certificate=lambda wildcards: study.for_run(wildcards.run, rules.certify.output.certificate, ancient),
+        # the two. One that is not must
+        unpack(lambda wildcards: study.run_inputs(wildcards.run, rules.certify.output.certificate, ancient)),
         tokens=paths.tokens / "meta.json",
-        trunk=lambda wildcards: study.trunk_of(wildcards.run, ancient),
     output:
         result=paths.runs / "{run}" / "result.json",
     log:
         LOGS / "runs" / "{run}.log",
     benchmark:
         LOGS / "runs" / "{run}.tsv"
+    group:
+        pack
     conda:
         "../envs/xlstm-scaling.yaml"
     threads: study.config.hardware.threads_per_run * DEVICES
     resources:
+        **JOBS.devices,
         command=TRAIN,
-        mem_mb=1500,
-        runtime=lambda wildcards: max(10, round(3 * study.estimated_time_s(wildcards.run) / 60)),
+        slurm_extra=JOBS.slurm_options,
+        # one after the other in a job that they share
+        runs_at_once=1,
+        mem_mb=lambda wildcards, attempt: JOBS.memory_mb(wildcards.run, attempt),
+        runtime=lambda wildcards, attempt: JOBS.minutes(wildcards.run, attempt),
     params:
         results=paths.results,
     message:

@@ -1,0 +1,101 @@
+"""FLOPs and bytes of inference by the kind of kernel that spends them, as the runtime model prices them.
+
+The parts add up to ``counts.prefill_flops``, ``prefill_bytes``, ``step_flops`` and ``step_bytes``. Lengths and batches
+may be numbers or float64 arrays that broadcast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xlstm_scaling.accounting.counts import BF16_BYTES, FP32_BYTES, architecture, weight_bytes
+from xlstm_scaling.accounting.shapes import ModelShape
+
+LOGITS = ("last", "all")
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of a number of a dtype; ValueError names the known ones."""
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"no size known for dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one forward call does, all sequences of the batch and all blocks together.
+
+    ``linear_flops``: linear layers, head, and the scalar functions around them; ``mixing_flops``: attention or mLSTM
+    cell; ``scores``: entries of the score matrix, one for each head, query and key that meet (mLSTM: within a chunk);
+    ``weight_bytes``: every weight once; ``activation_bytes``: what linear layers and norms read and write;
+    ``state_bytes``: what attention or cell move: q, k, v, output, KV cache, states; ``streams``: parts of the mixing
+    that do not wait for each other: the heads of all sequences, each of which reads its keys or chunks one after
+    another (in a Transformer's prefill every query of them). [FLOPs, bytes, 1]
+    """
+
+    linear_flops: float
+    mixing_flops: float
+    scores: float
+    weight_bytes: float
+    activation_bytes: float
+    state_bytes: float
+    streams: float
+
+    @property
+    def flops(self) -> float:
+        return self.linear_flops + self.mixing_flops
+
+    @property
+    def bytes(self) -> float:
+        return self.weight_bytes + self.activation_bytes + self.state_bytes
+
+
+def prefill_work(
+    shape: ModelShape, prefill_length: float, batch_size: float = 1, weight: int = BF16_BYTES,
+    act: int = BF16_BYTES, state: int = FP32_BYTES, logits: str = "last",
+) -> Work:  # fmt: skip
+    """Work until the first token of ``batch_size`` prompts of ``prefill_length`` tokens.
+
+    ``logits``: of the prompt's ``last`` token, or of ``all``, as some implementations do; then each further token also
+    pays for its logits: the product, its result, and the cast to fp32 and soft cap, which pass over it twice.
+    """
+    if logits not in LOGITS:
+        raise ValueError(f"logits must be one of {', '.join(LOGITS)}, not {logits!r}")
+    entry = architecture(shape.arch)
+    tokens, batch = prefill_length, batch_size
+    d, V, blocks = shape.embedding_dim, shape.vocab_size, shape.num_blocks
+    num_logits = tokens if logits == "all" else 1.0
+    cap_bytes = (num_logits - 1.0) * V * (act + 3 * FP32_BYTES)
+    return Work(
+        linear_flops=batch * (blocks * tokens * entry.block_backbone_flops_per_token(shape) + num_logits * 2 * d * V),
+        mixing_flops=batch * blocks * entry.block_prefill_mixing_flops(shape, tokens),
+        scores=batch * blocks * entry.block_prefill_scores(shape, tokens),
+        weight_bytes=weight_bytes(shape, weight),
+        activation_bytes=batch
+        * (
+            blocks * tokens * entry.block_activation_bytes_per_token(shape, act)
+            + num_logits * act * (d + V)
+            + cap_bytes
+        ),
+        state_bytes=batch * blocks * entry.block_prefill_mixing_bytes(shape, tokens, act, state),
+        streams=batch * entry.prefill_streams(shape, tokens),
+    )
+
+
+def step_work(
+    shape: ModelShape, position: float, batch_size: float = 1, weight: int = BF16_BYTES,
+    act: int = BF16_BYTES, state: int = FP32_BYTES,
+) -> Work:  # fmt: skip
+    """Work of one generated token of each of ``batch_size`` sequences after ``position`` tokens."""
+    entry = architecture(shape.arch)
+    batch, d, V, blocks = batch_size, shape.embedding_dim, shape.vocab_size, shape.num_blocks
+    return Work(
+        linear_flops=batch * (blocks * entry.block_backbone_flops_per_token(shape) + 2 * d * V),
+        mixing_flops=batch * blocks * entry.block_step_mixing_flops(shape, position),
+        scores=batch * blocks * entry.block_step_scores(shape, position),
+        weight_bytes=weight_bytes(shape, weight),
+        activation_bytes=batch * (blocks * entry.block_activation_bytes_per_token(shape, act) + act * (d + V)),
+        state_bytes=batch * blocks * entry.block_step_mixing_bytes(shape, position, act, state),
+        streams=batch * shape.num_heads,
+    )
