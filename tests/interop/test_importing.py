@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_imported_models_are_evaluated_and_benchmarked(tmp_path):
     tokens = random_tokens(shape.vocab_size)
     loss = theirs(tokens, labels=tokens).loss
     assert abs(model.loss(tokens[:, :-1], tokens[:, 1:]) - loss) < 1e-5
-    entry = BenchmarkModel("imported", shape.arch, shape, trained=True, build=lambda: load_model(tmp_path / "ours"))
+    entry = BenchmarkModel("imported", shape.arch, shape, trained=True, build=partial(load_model, tmp_path / "ours"))
     config = {"prefill_lengths": [8], "batch_sizes": [1], "generate_steps": 2, "repeats": 1, "warmup": 1,
               "max_cell_s": 60.0, "num_threads": 1, "dtype": "float32"}  # fmt: skip
     table = measure([entry], config, tmp_path / "measured", progress=False)
