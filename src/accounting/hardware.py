@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: share of a device's bf16 peak that training is assumed to reach where nothing was measured
+ASSUMED_UTILISATION = 0.4
+
 
 @dataclass(frozen=True)
 class Device:

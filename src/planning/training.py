@@ -9,11 +9,9 @@ import numpy as np
 import pandas as pd
 
 from xlstm_scaling.accounting import ModelShape
-from xlstm_scaling.accounting.hardware import Device
+from xlstm_scaling.accounting.hardware import ASSUMED_UTILISATION, Device
 from xlstm_scaling.accounting.memory import HEADROOM, plan_memory
 
-#: share of the data sheet's peak that is assumed where none is given or measured (model-FLOP utilisation)
-ASSUMED_UTILISATION = 0.4
 #: tokens of a training step where the study's runs say nothing (the paper's batches: 512 x 2,048 … 64 x 16,384)
 BATCH_TOKENS = 2**20
 

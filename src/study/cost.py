@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from xlstm_scaling.accounting import count_flops, make_shape, prefill_flops, step_flops
-from xlstm_scaling.accounting.hardware import Device, find_device
+from xlstm_scaling.accounting.hardware import ASSUMED_UTILISATION, Device, find_device
 from xlstm_scaling.accounting.memory import plan_memory
 from xlstm_scaling.evaluation.selection import evaluated_runs
 from xlstm_scaling.study.config import ConfigError, to_dict
@@ -24,8 +24,6 @@ from xlstm_scaling.study.files import read_json
 from xlstm_scaling.study.plan import RunSpec, TrunkSpec, benchmarked_runs, find_trunks, model_vocab_size, plan_runs
 from xlstm_scaling.study.resources import Speed, expected_speed
 
-#: what is assumed where nothing is measured and nothing is said
-UTILISATION = 0.4
 #: text that one core tokenizes, reading and merging included (benchmarks/tokens.py, docs/data.md) [bytes/s]
 TOKENIZE_BYTES_PER_S = 4e6
 #: of web text with a vocabulary of 50,000, where no tokens are there to count [bytes]
@@ -47,7 +45,7 @@ class Rates:
 
     device: Device | None = None
     count: int = 1
-    utilisation: float = UTILISATION
+    utilisation: float = ASSUMED_UTILISATION
     power_w: float = math.nan
     price_per_hour: float = math.nan
     cores: int = 64

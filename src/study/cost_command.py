@@ -7,8 +7,8 @@ import json
 import math
 from pathlib import Path
 
-from xlstm_scaling.accounting.hardware import DEVICES, find_device
-from xlstm_scaling.study.cost import UTILISATION, Cost, Rates, Row, days, study_cost
+from xlstm_scaling.accounting.hardware import ASSUMED_UTILISATION, DEVICES, find_device
+from xlstm_scaling.study.cost import Cost, Rates, Row, days, study_cost
 
 DESCRIPTION = "what a study will cost: FLOPs, device hours, wall time, storage and energy by stage and experiment set"
 
@@ -23,8 +23,8 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(DEVICES).lower()
     parser.add_argument("--device", help=f"{known} (default: what the study's hardware assumes of a run)")
     parser.add_argument("--count", type=int, help="devices at once (default: those of one run)")
-    text = f"share of the device's peak where no run has finished on one (default: {UTILISATION:g})"
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help=text)
+    text = f"share of the device's peak where no run has finished on one (default: {ASSUMED_UTILISATION:g})"
+    parser.add_argument("--utilisation", type=float, default=ASSUMED_UTILISATION, help=text)
     parser.add_argument("--power-w", type=float, help="of a device [W] (default: its board's maximum)")
     parser.add_argument("--price-per-hour", type=float, default=math.nan, help="of a device, in any currency")
     parser.add_argument("--cores", type=int, default=64, help="CPU cores that tokenize (default: 64)")
