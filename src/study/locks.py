@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xlstm_scaling.study.errors import Preempted
+from xlstm_scaling.study.files import full_disk_named
 
 log = logging.getLogger(__name__)
 
@@ -200,20 +201,27 @@ class FolderLock:
 
     def try_acquire(self) -> Held | None:
         """Take the lock and return None, or return who has it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with full_disk_named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         held = lock_state(self.folder, self.stale_s)
         if held is not None and not held.dead:
             return held
         number = 1 if held is None else held.number + 1
         owner = Owner.here()
-        try:
-            handle = os.open(lock_path(self.folder, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:  # another one was faster; the next look says who
-            return held or Held(number, None, 0.0, False)
-        with os.fdopen(handle, "w") as stream:
-            stream.write(json.dumps(asdict(owner)))
-            stream.flush()
-            os.fsync(stream.fileno())
+        path = lock_path(self.folder, number)
+        with full_disk_named(path):
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:  # another one was faster; the next look says who
+                return held or Held(number, None, 0.0, False)
+            try:
+                with os.fdopen(handle, "w") as stream:
+                    stream.write(json.dumps(asdict(owner)))
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError:  # a lock without an owner would be waited for
+                path.unlink(missing_ok=True)
+                raise
         for other in _numbers(self.folder):
             if other > number or (other < number and self._alive(other)):  # this one had looked too long ago
                 lock_path(self.folder, number).unlink(missing_ok=True)

@@ -374,7 +374,7 @@ def test_table_holds_likelihood_and_criteria(config, make_runs):
     config["surface"] |= {"subsets": ["all"], "sensitivity_deltas": [1.0], "bootstrap_starts": 2}
     small(config)
     config["num_resamples"] = 4
-    table, _ = fit_surfaces(make_runs(noise=0.002, archs=("xlstm",)), config)
+    table, *_ = fit_surfaces(make_runs(noise=0.002, archs=("xlstm",)), config)
     number = table["num_runs"] * 1.0
     free = 6 + (table["form"] == "gamma_free")
     np.testing.assert_allclose(table["aic"], 2 * free - 2 * table["log_likelihood"])

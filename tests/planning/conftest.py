@@ -1,5 +1,5 @@
 import pytest
-from planted import CONFIG, make_tables
+from planted_laws import CONFIG, make_tables
 
 from xlstm_scaling.planning.laws import laws_of_tables
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from planted import BASE, SURFACES
+from planted_laws import BASE, SURFACES
 from scipy.optimize import minimize_scalar
 
 from xlstm_scaling.fitting.loss_surface import LossSurface

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from planted import BASE, BUDGETS, CONFIG, FACTORS, RESAMPLES, SURFACES, make_tables
+from planted_laws import BASE, BUDGETS, CONFIG, FACTORS, RESAMPLES, SURFACES, make_tables
 
 from xlstm_scaling.fitting.loss_surface import LossSurface
 from xlstm_scaling.fitting.resampling import percentile_interval

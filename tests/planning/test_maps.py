@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from planted import BASE
+from planted_laws import BASE
 
 from xlstm_scaling.accounting.hardware import DEVICES
 from xlstm_scaling.planning.maps import advantages, best_losses, ladders, round_contexts

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from planted import BASE, RESAMPLES, SURFACES, make_tables, write_fits
+from planted_laws import BASE, RESAMPLES, SURFACES, make_tables, write_fits
 
 from xlstm_scaling.accounting import ModelShape, count_flops, count_params, prefill_bytes, prefill_flops, step_bytes
 from xlstm_scaling.accounting.hardware import DEVICES
