@@ -7,7 +7,7 @@ Times are FLOPs over FLOP/s: of finished runs of the study where there are some,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -194,12 +194,14 @@ class JobResources:
         """Tell a job to save before its time is up, and keep the log of the part before."""
         return f"--signal=TERM@{round(self.hardware.save_time_s)} --open-mode=append"
 
-    def pack(self, name: str) -> str | None:
+    def pack(self, name: str, packed: Container[str] = tuple(PACKS)) -> str | None:
         """The kind of short runs that this one is of, None where it has a job of its own: it is long, a trunk that
-        others wait for, on several devices, or has failed before and would take the others along."""
+        others wait for, on several devices, has failed before and would take the others along, or its kind is not
+        among those that are ``packed``."""
         if name in self.trunks or (self.runs_folder / name / "failure.json").exists():
             return None
         if self.hardware.devices_per_run * self.hardware.nodes_per_run > 1:
             return None
         seconds = self.time_s(name)
-        return next((kind for kind, limit in PACKS.items() if seconds <= limit), None)
+        kind = next((kind for kind, limit in PACKS.items() if seconds <= limit), None)
+        return kind if kind in packed else None

@@ -10,12 +10,6 @@ else:
     TRAIN = f"torchrun --standalone --nproc-per-node {DEVICES} -m -- xlstm_scaling.cli train"
 
 
-def pack(wildcards):
-    """Short runs share jobs, where the profile says how many of a kind do (group-components)."""
-    kind = JOBS.pack(wildcards.run)
-    return kind if kind in workflow.group_settings.group_components else None
-
-
 rule train:
     """All runs of the study."""
     input:
@@ -70,7 +64,8 @@ rule train_run:
     benchmark:
         LOGS / "runs" / "{run}.tsv"
     group:
-        pack
+        # short runs share jobs, where the profile says how many of a kind do (group-components)
+        lambda wildcards: JOBS.pack(wildcards.run, workflow.group_settings.group_components)
     conda:
         "../envs/xlstm-scaling.yaml"
     threads: study.config.hardware.threads_per_run * DEVICES
