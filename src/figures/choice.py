@@ -100,10 +100,8 @@ def choice(tables: Tables, config: Mapping[str, Any]) -> Figure:
     _curves(axes[0], table[table["panel"] == "budget"], archs, styles, sheet)
     if maps:
         pair = archs[:2]
-        colours = LinearSegmentedColormap.from_list(
-            "pair", [styles[pair[1]].colour, "#ffffff", styles[pair[0]].colour], N=255
-        )
-        colours.set_bad("#d9dcdf")
+        ends = [styles[pair[1]].colour, "#ffffff", styles[pair[0]].colour]
+        colours = LinearSegmentedColormap.from_list("pair", ends, N=255).with_extremes(bad="#d9dcdf")
         gaps = advantages(table[table["panel"] != "budget"], *pair)["advantage"].abs()
         widest = gaps[np.isfinite(gaps)].quantile(1 - SATURATED)
         norm = TwoSlopeNorm(0.0, *(sign * float(np.clip(np.nan_to_num(widest), *FULL)) for sign in (-1, 1)))
