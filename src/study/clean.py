@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xlstm_scaling.study.files import read_json
 from xlstm_scaling.study.locks import FolderLock, lock_state
-from xlstm_scaling.study.plan import BEHAVIOUR_VERSION, RunSpec
+from xlstm_scaling.study.plan import BEHAVIOUR_VERSION, spec_of
 
 #: a temporary file of a folder without locks is somebody's until it is this old [s]
 TEMPORARY_AGE_S = 86400.0
@@ -90,24 +90,16 @@ def _needed(results: Path) -> tuple[dict[str, str], int]:
             names = (line.partition(",")[0] for line in table.read_text().splitlines()[1:])
             needed |= dict.fromkeys(names, study)
         for run in read_json(path)["runs"]:
-            spec = _spec(run)
+            spec = spec_of(run)
             if spec is not None:
                 needed |= {spec.run_id: study} | ({spec.trunk_id: study} if spec.trunk_id else {})
     return needed, len(plans)
 
 
-def _spec(content: dict) -> RunSpec | None:
-    """None where the plan is of code with other fields."""
-    try:
-        return RunSpec(**content)
-    except TypeError:
-        return None
-
-
 def _whole(kind: str, folder: Path, needed: dict[str, str], plans: int, unneeded: bool) -> Leftover | None:
     """Whether a folder as a whole has no use."""
     plan = folder / "spec.json"
-    spec = _spec(read_json(plan)) if plan.is_file() else None
+    spec = spec_of(read_json(plan)) if plan.is_file() else None
     if plan.is_file() and (spec is None or folder.name != (spec.run_id if kind == "runs" else spec.trunk_id)):
         reason, name = f"of older code: this is behaviour version {BEHAVIOUR_VERSION}", "superseded"
     elif unneeded and folder.name not in needed:

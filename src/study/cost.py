@@ -21,7 +21,15 @@ from xlstm_scaling.accounting.memory import plan_memory
 from xlstm_scaling.evaluation.selection import evaluated_runs
 from xlstm_scaling.study.config import ConfigError, to_dict
 from xlstm_scaling.study.files import read_json
-from xlstm_scaling.study.plan import RunSpec, TrunkSpec, benchmarked_runs, find_trunks, model_vocab_size, plan_runs
+from xlstm_scaling.study.plan import (
+    RunSpec,
+    TrunkSpec,
+    benchmarked_runs,
+    find_trunks,
+    model_vocab_size,
+    plan_runs,
+    spec_of,
+)
 from xlstm_scaling.study.resources import Speed, expected_speed
 
 #: text that one core tokenizes, reading and merging included (benchmarks/tokens.py, docs/data.md) [bytes/s]
@@ -158,7 +166,9 @@ def device_speeds(runs_folder: Path, device: Device | None, kind: str) -> list[S
         tokens_per_s = result.get("tokens_per_s") or math.nan
         if not (same and plan.is_file() and math.isfinite(tokens_per_s)):
             continue
-        spec = RunSpec(**read_json(plan))
+        spec = spec_of(read_json(plan))
+        if spec is None:  # its speed is another code's
+            continue
         per_token = spec.flops_per_step / spec.batch_sequences / spec.context_length
         speeds.append(Speed(spec.arch, spec.num_params, tokens_per_s * per_token / result.get("devices", 1)))
     return speeds

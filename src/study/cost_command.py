@@ -6,9 +6,12 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xlstm_scaling.accounting.hardware import ASSUMED_UTILISATION, DEVICES, find_device
-from xlstm_scaling.study.cost import Cost, Rates, Row, days, study_cost
+
+if TYPE_CHECKING:  # pandas would be imported for every command
+    from xlstm_scaling.study.cost import Cost, Row
 
 DESCRIPTION = "what a study will cost: FLOPs, device hours, wall time, storage and energy by stage and experiment set"
 
@@ -34,6 +37,7 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
 def run_cost(args: argparse.Namespace) -> int:
     """Print the cost. ValueError for options that make no sense."""
     from xlstm_scaling.study.config import compose, is_published
+    from xlstm_scaling.study.cost import Rates, study_cost
 
     device = None
     if args.device is not None:
@@ -64,6 +68,8 @@ def run_cost(args: argparse.Namespace) -> int:
 
 def table_lines(cost: Cost) -> list[str]:
     """The table, and what it rests on."""
+    from xlstm_scaling.study.cost import days
+
     priced = any(row.price and math.isfinite(row.price) for row in cost.rows)
     columns = ["stage", "set", "runs", "FLOPs", "device hours", "core hours", "wall time", "storage", "energy"]
     columns += ["price"] if priced else []
@@ -81,6 +87,8 @@ def table_lines(cost: Cost) -> list[str]:
 
 
 def _cells(row: Row, priced: bool) -> list[str]:
+    from xlstm_scaling.study.cost import days
+
     cells = [row.stage, row.experiment_set, str(row.runs or ""), f"{row.flops:.3g}" if row.flops else ""]
     cells += [f"{hours:,.3g}" if hours < 100 else f"{hours:,.0f}" for hours in (row.device_hours, row.core_hours)]
     cells += [days(row.wall_time_s), _size(row.storage_bytes)]

@@ -123,6 +123,14 @@ class RunSpec:
         return None if identity is None else f"{self._name}-n{self.batch_sequences}-{digest(identity)[:10]}"
 
 
+def spec_of(content: dict) -> RunSpec | None:
+    """The run that a plan or ``spec.json`` holds; None where it is of code with other settings."""
+    try:
+        return RunSpec(**content)
+    except TypeError:
+        return None
+
+
 @dataclass(frozen=True)
 class TrunkSpec:
     """Runs that differ in length alone: trained once up to the last cool-down; each run branches off at its step."""

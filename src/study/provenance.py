@@ -18,7 +18,7 @@ from xlstm_scaling.fitting.tables import COLUMNS
 from xlstm_scaling.study.code import describe_code
 from xlstm_scaling.study.files import digest, read_json
 from xlstm_scaling.study.paths import StudyPaths
-from xlstm_scaling.study.plan import RunSpec
+from xlstm_scaling.study.plan import spec_of
 
 #: table -> the tables that it was made from; ``RUNS`` are the folders of runs themselves
 RUNS = "(runs)"
@@ -179,7 +179,9 @@ def run_record(folder: Path, paths: StudyPaths) -> dict[str, Any]:
     record: dict[str, Any] = {"name": folder.name, "folder": str(folder)}
     plan = folder / "spec.json"
     if plan.is_file():
-        spec = RunSpec(**read_json(plan))
+        spec = spec_of(read_json(plan))
+        if spec is None:
+            raise ValueError(f"{plan} is of code with other settings: this version cannot say what it determines")
         agrees = spec.run_id == folder.name
         record["plan"] = {"file": str(plan), "agrees_with_name": agrees, "seed": spec.seed, "tokens": spec.tokens_id}
         record["tokens"] = _tokens(paths.results / "tokens" / spec.tokens_id)

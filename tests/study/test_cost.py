@@ -9,7 +9,7 @@ import pytest
 from xlstm_scaling import cli
 from xlstm_scaling.accounting.hardware import find_device
 from xlstm_scaling.study.config import ConfigError, compose
-from xlstm_scaling.study.cost import RECORD_BYTES, Rates, makespan_s, study_cost, training_jobs
+from xlstm_scaling.study.cost import RECORD_BYTES, Rates, device_speeds, makespan_s, study_cost, training_jobs
 from xlstm_scaling.study.plan import find_trunks, plan_runs
 
 H100 = find_device("h100")
@@ -149,3 +149,12 @@ def test_the_command(tmp_path, capsys):
         assert cli.run_command([*words, *wrong]) == 1
         assert message in capsys.readouterr().err
     assert math.isnan(Rates().power_w)
+
+
+def test_runs_of_older_code_say_nothing_of_speed(paper_config, tmp_path):
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    result = {"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "tokens_per_s": 1e6}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "spec.json").write_text(json.dumps({"setting_of_long_ago": 1}))
+    assert device_speeds(tmp_path / "runs", H100, "cuda") == []

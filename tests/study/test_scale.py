@@ -1,5 +1,7 @@
 """What a study of many runs costs the workflow's parser: counted, not timed (benchmarks/dag.py times it)."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -69,3 +71,10 @@ def test_what_a_run_costs_is_bounded(tiny_overrides, tmp_path, monkeypatch, fini
     }
     most = {"exists": 2, "is_file": 1, "open": 1 if finished else 0, "glob": 0, "iterdir": 0}
     assert all(each[name] <= most[name] for name in most), each
+
+
+def test_the_command_line_imports_nothing_heavy():
+    """Every job of a study starts it."""
+    code = "import sys; from xlstm_scaling import cli; cli._parser(); print(*{'torch', 'pandas'} & {*sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
