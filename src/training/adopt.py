@@ -22,7 +22,7 @@ from xlstm_scaling.corpus import CorpusError, TokenDataset
 from xlstm_scaling.kernels.certification.certificate import certificate_digest
 from xlstm_scaling.study.files import digest, read_json
 from xlstm_scaling.study.locks import FolderLock, lock_state
-from xlstm_scaling.study.plan import BEHAVIOUR_VERSION, RunSpec
+from xlstm_scaling.study.plan import BEHAVIOUR_VERSION, RunSpec, spec_of
 from xlstm_scaling.training.checkpoint import CheckpointError, load_file
 from xlstm_scaling.training.metrics import read_history
 from xlstm_scaling.training.parallel import Parallel
@@ -118,7 +118,10 @@ def _tokens(folder: Path) -> tuple[bool, str]:
 
 
 def _spec(folder: Path) -> RunSpec:
-    return RunSpec(**read_json(folder / "spec.json"))
+    spec = spec_of(read_json(folder / "spec.json"))
+    if spec is None:
+        raise Refused("its spec.json is of code with other settings")
+    return spec
 
 
 def _run(folder: Path) -> tuple[bool, str]:
