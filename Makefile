@@ -1,6 +1,7 @@
 # make reproduce   the study from text to report           make test   the tests
 # make env         just .venv                               make lint   style of code and workflow
 # make cluster-test   the study on a simulated Slurm cluster, with failures (docs/cluster.md)
+# make browser-test   the pages of a study in a headless Chromium (docs/report.md)
 # make paper PAPER=folder   the paper's fits, figures and claims from its published logs (DOWNLOAD=true fetches them)
 # Each sets up what it needs. PYTHON=python3.12 picks the interpreter, CORES=8 the cores, STUDY=smoke the study,
 # PIP_ARGS="--index-url …" another package index (for example PyTorch's index of CPU builds on Linux without a GPU).
@@ -17,6 +18,7 @@ PAPER ?= $(XLSTM_SCALING_PAPER)
 DOWNLOAD ?=
 
 CLUSTER_READY := $(VENV)/.ready-cluster
+BROWSER_READY := $(VENV)/.ready-browser
 
 .PHONY: env reproduce paper test lint format clean-env
 .DELETE_ON_ERROR:
@@ -47,12 +49,21 @@ $(CLUSTER_READY): $(READY) requirements-cluster.lock
 cluster-test: $(CLUSTER_READY)
 	@$(BIN)/python -m pytest -m cluster -rs tests/cluster
 
+$(BROWSER_READY): $(READY) requirements-browser.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-browser.lock
+	@touch $@
+
+# in the Chromium on PATH, or the one that CHROMIUM names
+.PHONY: browser-test
+browser-test: $(BROWSER_READY)
+	@$(BIN)/python -m pytest -m browser -rs tests/browser
+
 reproduce: $(READY)
 	@$(BIN)/snakemake --cores $(CORES) --quiet host reason --config study=$(STUDY) $(CONFIG)
 	@echo
 	@cat results/$(STUDY)/findings.md
 	@echo
-	@echo "The report: results/$(STUDY)/report.html"
+	@echo "The report: results/$(STUDY)/report.html (the workflow's own: workflow-report.html)"
 	@echo "Figures:    results/$(STUDY)/figures/"
 	@echo "Tables:     results/$(STUDY)/runs.csv, results/$(STUDY)/fits/, results/$(STUDY)/inference/"
 
@@ -89,9 +100,11 @@ format: $(READY)
 clean-env:
 	rm -rf $(VENV)
 
-# the figures and findings that the README shows, from the laptop study's results
+# the pages that are written by commands; the figures and findings that the README shows, from the laptop study's results
 .PHONY: docs
 docs: $(READY)
+	$(BIN)/xlstm-scaling config-reference --out docs/configuration.md
+	$(BIN)/python benchmarks/page.py
 	@test -s results/laptop/findings.md || { echo "run make reproduce first"; exit 1; }
 	@mkdir -p docs/figures
 	cp results/laptop/figures/loss_vs_flops.png results/laptop/figures/isoflop_curves.png results/laptop/figures/context.png docs/figures/

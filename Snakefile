@@ -33,6 +33,8 @@ LOGS = paths.results / "logs"
 rule all:
     input:
         paths.study / "report.html",
+        paths.study / "explorer.html",
+        paths.study / "workflow-report.html",
         study.comparison_files,
     localrule: True
 
@@ -55,6 +57,7 @@ else:
 include: "workflow/rules/fit.smk"
 include: "workflow/rules/targets.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/explorer.smk"
 
 
 if study.compared:

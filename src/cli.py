@@ -20,8 +20,8 @@ EPILOG = """stages, in order:
   train      one run (or all) of the plan        runs       results -> the table of runs
   fit        table of runs -> laws               inference  latency measurements and the runtime model
   evaluate   loss beyond the training context    figures    tables -> figures
-  findings   tables -> what the study found
-  report     everything on one page: `snakemake --cores 2 report`
+  findings   tables -> what the study found      explore    laws -> a page to explore them
+  report     everything on one page
 before training: certify   the kernels of this device, against float64
 
 Overrides are Hydra's: study=smoke training.seed=1 study.sizes.d40.learning_rate=0.005
@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     stage("config", "print the resolved configuration")
+    text = "every setting: key, type, default, meaning (docs/configuration.md)"
+    reference = commands.add_parser("config-reference", help=text, description=text)
+    reference.add_argument("--out", type=Path, help="write it to this file (default: print it)")
     tokens = stage("tokens", "text -> tokenizer and token shards (resumes by itself)")
     tokens.add_argument("--workers", type=int, metavar="N", help="processes side by side (default: the CPUs there are)")
     tokens.add_argument("--part", metavar="I/N", help="make share I of N only, I = 1 ... N; without it, all are merged")
@@ -68,12 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     stage("inference", "time to first token and step time on this machine, and the runtime model")
     stage("evaluate", "trained models -> loss by position, beyond their training context too")
     stage("findings", "tables -> what the study found, in sentences")
+    stage("report", "all results on one offline page, report.html; of an unfinished study too, with what failed")
     text = "one of the paper's first three experiments: its tables and figures, in a folder of the study"
     experiment = stage("experiment", text)
     experiment.add_argument("--name", required=True, help="isoflop_sweep, latency_profile or context_scaling")
     experiment.add_argument("--part", choices=["plan", "tables", "figures"], help="this part alone, for the workflow")
     figures = stage("figures", "tables -> figures")
     figures.add_argument("--only", nargs="+", metavar="NAME", help="draw these figures only")
+    explore = stage("explore", "laws -> an offline page on which budget, context and limits are dragged")
+    explore.add_argument("--out", type=Path, metavar="FILE", help="the page (default: explorer.html of the study)")
 
     from xlstm_scaling.kernels.arguments import add_tune_arguments
     from xlstm_scaling.kernels.certification import command as certification
@@ -118,8 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     text = compare.DESCRIPTION
     compare.add_compare_arguments(commands.add_parser("compare", help=text, description=text))
 
+    from xlstm_scaling.accounting import memory_command
+
     count = commands.add_parser("count", help="parameters and FLOPs of one model", description=_count.__doc__)
-    count.add_argument("--arch", required=True, help="xlstm or transformer")
+    memory_command.add_shape_arguments(count)
     for name in ("embedding-dim", "num-blocks", "num-heads", "vocab-size", "context-length"):
         count.add_argument(f"--{name}", type=int, required=True)
     count.add_argument("--chunk-size", type=int, default=64, help="mLSTM chunk [tokens] (default: 64)")
@@ -128,8 +136,6 @@ def _parser() -> argparse.ArgumentParser:
         help="how FLOPs are counted (default: paper)",
     )  # fmt: skip
     count.add_argument("--json", action="store_true", help="print JSON")
-
-    from xlstm_scaling.accounting import memory_command
 
     text = "memory of a device in training: what fits, item by item"
     memory_command.add_memory_arguments(commands.add_parser("memory", help=text, description=text))
@@ -161,8 +167,10 @@ def _parser() -> argparse.ArgumentParser:
 def _count(args: argparse.Namespace) -> int:
     """Parameters and FLOPs per sequence of one model, under a named convention."""
     from xlstm_scaling.accounting import count_flops, count_params, make_shape
+    from xlstm_scaling.accounting.memory_command import shape_options
 
-    shape = make_shape(args.arch, args.embedding_dim, args.num_blocks, args.num_heads, args.vocab_size, args.chunk_size)
+    sizes = (args.embedding_dim, args.num_blocks, args.num_heads, args.vocab_size, args.chunk_size)
+    shape = make_shape(args.arch, *sizes, **shape_options(args))
     if args.convention == "traced":
         from xlstm_scaling.models.traced import traced_flops
 
@@ -182,6 +190,17 @@ def _count(args: argparse.Namespace) -> int:
     else:
         for name, value in counts.items():
             print(f"{name:24s} {value:,}")
+    return 0
+
+
+def _config_reference(args: argparse.Namespace) -> int:
+    from xlstm_scaling.study.files import write_text_atomic
+    from xlstm_scaling.study.reference import reference
+
+    if args.out is None:
+        print(reference(), end="")
+    else:
+        write_text_atomic(args.out, reference())
     return 0
 
 
@@ -336,8 +355,12 @@ def _stage(args: argparse.Namespace) -> int:
     elif args.command == "findings":
         for row in stages.findings(config, paths).itertuples():
             print(f"- {row.statement}")
+    elif args.command == "report":
+        print(stages.report(config, paths))
     elif args.command == "figures":
         stages.figures(config, paths, args.only, progress)
+    elif args.command == "explore":
+        print(stages.explore(config, paths, args.out))
     elif args.command == "experiment":
         from xlstm_scaling import experiments
 
@@ -407,6 +430,7 @@ def run_command(argv: Sequence[str]) -> int:
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}
     handlers |= {"ingest": _ingest, "fit-surface": _fit_surface, "claims": _claims, "runtime": _runtime}
     handlers |= {"export": _export, "import": _import, "memory": _memory, "generate": _generate, "compare": _compare}
+    handlers |= {"config-reference": _config_reference}
     handlers |= {"recommend": _recommend, "cost": _cost, "adopt": _adopt, "provenance": _provenance, "clean": _clean}
     handler = handlers.get(args.command, _stage)
     try:

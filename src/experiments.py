@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def _latency_profile(config: DictConfig, paths: StudyPaths, progress: bool) -> N
         write_table(table, folder / "measurements")
         return
     from xlstm_scaling.inference.benchmark import measure, untrained_models
-    from xlstm_scaling.study.plan import model_vocab_size
+    from xlstm_scaling.study.plan import model_vocab_size, num_heads
 
     settings, size = profile_settings(config)
     models = untrained_models(
@@ -135,6 +136,8 @@ def _latency_profile(config: DictConfig, paths: StudyPaths, progress: bool) -> N
         list(config.study.architectures),
         model_vocab_size(config),
         model_options=to_dict(config.training.model_options),
+        shape_options=to_dict(config.study.shape_options),
+        head_rule=partial(num_heads, config.study),
     )
     measure(models, settings, folder, progress)
 

@@ -252,7 +252,7 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
     from xlstm_scaling.inference.benchmark import BenchmarkModel, measure, measured_device, untrained_models
     from xlstm_scaling.inference.counts import add_counts
     from xlstm_scaling.inference.roofline import write_rooflines
-    from xlstm_scaling.study.plan import benchmarked_runs, model_vocab_size
+    from xlstm_scaling.study.plan import benchmarked_runs, model_vocab_size, num_heads
     from xlstm_scaling.training.trainer import load_trained
 
     settings = to_dict(config.inference)
@@ -268,11 +268,14 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
         list(config.study.architectures),
         model_vocab_size(config),
         model_options=to_dict(config.training.model_options),
+        shape_options=to_dict(config.study.shape_options),
+        head_rule=partial(num_heads, config.study),
     )
     measurements = measure([*trained, *untrained], settings, paths.inference, progress)
     counted = add_counts(measurements, settings["generate_steps"])
-    write_rooflines(counted, measured_device(settings), paths.inference)
-    model, predictions = fit_runtime_models(counted, settings["runtime_model"])
+    device = measured_device(settings)
+    write_rooflines(counted, device, paths.inference)
+    model, predictions = fit_runtime_models(counted, settings["runtime_model"], device)
     write_table(model, paths.inference / "runtime_model")
     write_table(predictions, paths.inference / "runtime_predictions")
     write_resolved(config, paths.inference / "config.yaml", ["inference"])
@@ -329,6 +332,19 @@ def figures(config: DictConfig, paths: StudyPaths, only: Sequence[str] | None = 
     write_resolved(config, paths.figures / "config.yaml", ["figures"])
 
 
+def explore(config: DictConfig, paths: StudyPaths, out: Path | None = None) -> Path:
+    """The laws as one offline page, to drag budget, context and limits: ``explorer.html`` (docs/explorer.md)."""
+    from xlstm_scaling.explorer.data import study_data
+
+    try:
+        from xlstm_scaling.explorer.page import write_page
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the explorer is drawn by Bokeh, and {error.name} is missing: make env installs it") from None
+    target = paths.study / "explorer.html" if out is None else out
+    write_page(study_data(paths.study, config.study.title), target)
+    return target
+
+
 def findings(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
     """What the study found, in sentences computed from its tables: ``findings.md``, ``.html``, ``.csv``; and the
     table of optima: ``optimal.csv``."""
@@ -348,6 +364,16 @@ def findings(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
     title = f"Findings of the study {config.study.name}: {config.study.title}"
     write_findings(table, paths.study / "findings", title, config.fitting.confidence)
     return table
+
+
+def report(config: DictConfig, paths: StudyPaths) -> Path:
+    """The study's results on one page, ``report.html``; what is not there yet is said on it."""
+    from xlstm_scaling.report.page.write import write_page
+    from xlstm_scaling.study.published import has_inference
+    from xlstm_scaling.study.workflow import REPOSITORY
+
+    captions, plain = REPOSITORY / "workflow" / "report", to_dict(config)
+    return write_page(paths, plain, captions, is_published(config), has_inference(config, paths))
 
 
 def status(config: DictConfig, paths: StudyPaths) -> StudyStatus:

@@ -6,7 +6,10 @@ from xlstm_scaling.accounting.counts import (
     architecture,
     count_flops,
     count_params,
+    label,
     make_shape,
+    ordered,
+    parts,
     prefill_bytes,
     prefill_flops,
     step_bytes,
@@ -14,7 +17,7 @@ from xlstm_scaling.accounting.counts import (
     training_flops,
     weight_bytes,
 )
-from xlstm_scaling.accounting.shapes import ModelShape
+from xlstm_scaling.accounting.shapes import ModelShape, shape_of_row
 from xlstm_scaling.accounting.work import DTYPE_BYTES, Work, dtype_bytes, prefill_work, step_work
 
 __all__ = [
@@ -29,10 +32,14 @@ __all__ = [
     "count_flops",
     "count_params",
     "dtype_bytes",
+    "label",
     "make_shape",
+    "ordered",
+    "parts",
     "prefill_bytes",
     "prefill_flops",
     "prefill_work",
+    "shape_of_row",
     "step_bytes",
     "step_flops",
     "step_work",

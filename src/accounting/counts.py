@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from xlstm_scaling.accounting.architecture import CONVENTIONS, Architecture, Flops
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+from xlstm_scaling.accounting.architecture import CONVENTIONS, Architecture, BlockCounts, Flops, Part
+from xlstm_scaling.accounting.hybrid import Hybrid
 from xlstm_scaling.accounting.shapes import ModelShape
 from xlstm_scaling.accounting.transformer import Transformer
 from xlstm_scaling.accounting.xlstm import XLSTM
 
 #: every architecture that can be counted, by the name that configs and tables use
-ARCHITECTURES: dict[str, Architecture] = {entry.name: entry for entry in (XLSTM(), Transformer())}
+ARCHITECTURES: dict[str, Architecture] = {entry.name: entry for entry in (XLSTM(), Transformer(), Hybrid())}
 
 BF16_BYTES = 2
 FP32_BYTES = 4
@@ -23,19 +28,60 @@ def architecture(name: str) -> Architecture:
         raise ValueError(f"unknown architecture {name!r}; known: {known}") from None
 
 
+def label(name: str) -> str:
+    """What figures and reports call an architecture; the name itself where it is unknown."""
+    return ARCHITECTURES[name].label if name in ARCHITECTURES else name
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Architectures in the order of `ARCHITECTURES`, those it does not know behind them by name; each once."""
+    known, given = list(ARCHITECTURES), {str(name) for name in names}
+    return [name for name in known if name in given] + sorted(given - set(known))
+
+
+@lru_cache(maxsize=4096)
+def parts(shape: ModelShape) -> tuple[Part, ...]:
+    """The blocks of a model by kind."""
+    return architecture(shape.arch).parts(shape)
+
+
+def sum_blocks(shape: ModelShape, count: Callable[[BlockCounts, ModelShape], Any]) -> Any:
+    """``count(kind, shape)`` of a block, summed over the blocks of a model."""
+    return sum(part.blocks * count(part.kind, part.shape) for part in parts(shape))
+
+
+def block_params(kind: BlockCounts, shape: ModelShape) -> int:
+    """All parameters of one block."""
+    return kind.block_linear_params(shape) + kind.block_other_params(shape)
+
+
 def make_shape(
-    arch: str, embedding_dim: int, num_blocks: int, num_heads: int, vocab_size: int, chunk_size: int = 64
+    arch: str,
+    embedding_dim: int,
+    num_blocks: int,
+    num_heads: int,
+    vocab_size: int,
+    chunk_size: int = 64,
+    **options: Any,
 ) -> ModelShape:
-    """The full shape of a model from its free dimensions (architecture.md: models, "Shapes")."""
-    return architecture(arch).shape(embedding_dim, num_blocks, num_heads, vocab_size, chunk_size)
+    """The full shape of a model from its free dimensions (architecture.md: models, "Shapes").
+
+    ``options``: of the architecture, such as the hybrid's ``attention_every``; ValueError on one that it has not.
+    """
+    entry = architecture(arch)
+    try:
+        return entry.shape(embedding_dim, num_blocks, num_heads, vocab_size, chunk_size, **options)
+    except TypeError:
+        if not options:
+            raise
+        raise ValueError(f"architecture {arch!r} has not all of the shape options {sorted(options)}") from None
 
 
 def count_params(shape: ModelShape, embedding: bool = True) -> int:
     """Number of parameters; embedding and head untied, norms counted. ``embedding=False`` leaves both tables out."""
-    entry = architecture(shape.arch)
-    block = entry.block_linear_params(shape) + entry.block_other_params(shape)
+    blocks = sum_blocks(shape, block_params)
     tables = 2 * shape.vocab_size * shape.embedding_dim if embedding else 0
-    return shape.num_blocks * block + tables + shape.embedding_dim
+    return blocks + tables + shape.embedding_dim
 
 
 def count_flops(shape: ModelShape, context_length: int, convention: str = "paper") -> Flops:
@@ -51,11 +97,11 @@ def count_flops(shape: ModelShape, context_length: int, convention: str = "paper
     T = context_length
     if convention == "6nd":
         return Flops(linear=2 * count_params(shape) * T, sequence_mixing=0, other=0)
-    entry = architecture(shape.arch)
+    weights = sum_blocks(shape, lambda kind, one: kind.block_linear_params(one))
     return Flops(
-        linear=2 * T * (shape.num_blocks * entry.block_linear_params(shape) + shape.vocab_size * shape.embedding_dim),
-        sequence_mixing=shape.num_blocks * entry.block_mixing_flops(shape, T, convention),
-        other=shape.num_blocks * entry.block_other_flops(shape, T),
+        linear=2 * T * (weights + shape.vocab_size * shape.embedding_dim),
+        sequence_mixing=sum_blocks(shape, lambda kind, one: kind.block_mixing_flops(one, T, convention)),
+        other=sum_blocks(shape, lambda kind, one: kind.block_other_flops(one, T)),
     )
 
 
@@ -71,24 +117,29 @@ def training_flops(
 
 def prefill_flops(shape: ModelShape, prefill_length: int, batch_size: int = 1) -> float:
     """FLOPs until the first token: the prompt through all blocks, logits of its last token only."""
-    entry = architecture(shape.arch)
-    backbone = prefill_length * entry.block_backbone_flops_per_token(shape)
-    mixing = entry.block_prefill_mixing_flops(shape, prefill_length)
-    return batch_size * (shape.num_blocks * (backbone + mixing) + 2 * shape.embedding_dim * shape.vocab_size)
+
+    def block(kind: BlockCounts, one: ModelShape) -> float:
+        backbone = prefill_length * kind.block_backbone_flops_per_token(one)
+        return backbone + kind.block_prefill_mixing_flops(one, prefill_length)
+
+    blocks = sum_blocks(shape, block)
+    return batch_size * (blocks + 2 * shape.embedding_dim * shape.vocab_size)
 
 
 def step_flops(shape: ModelShape, position: int, batch_size: int = 1) -> float:
     """FLOPs of one generated token after ``position`` tokens."""
-    entry = architecture(shape.arch)
-    block = entry.block_backbone_flops_per_token(shape) + entry.block_step_mixing_flops(shape, position)
-    return batch_size * (shape.num_blocks * block + 2 * shape.embedding_dim * shape.vocab_size)
+
+    def block(kind: BlockCounts, one: ModelShape) -> float:
+        return kind.block_backbone_flops_per_token(one) + kind.block_step_mixing_flops(one, position)
+
+    blocks = sum_blocks(shape, block)
+    return batch_size * (blocks + 2 * shape.embedding_dim * shape.vocab_size)
 
 
 def weight_bytes(shape: ModelShape, weight: int = BF16_BYTES) -> float:
     """Bytes of the weights that one forward call reads: every block once, the head once."""
-    entry = architecture(shape.arch)
-    block = entry.block_linear_params(shape) + entry.block_other_params(shape)
-    return weight * (shape.num_blocks * block + shape.vocab_size * shape.embedding_dim)
+    blocks = sum_blocks(shape, block_params)
+    return weight * (blocks + shape.vocab_size * shape.embedding_dim)
 
 
 def prefill_bytes(
@@ -96,11 +147,14 @@ def prefill_bytes(
     state: int = FP32_BYTES,
 ) -> float:  # fmt: skip
     """Bytes moved until the first token."""
-    entry = architecture(shape.arch)
-    block = prefill_length * entry.block_activation_bytes_per_token(shape, act)
-    block += entry.block_prefill_mixing_bytes(shape, prefill_length, act, state)
+
+    def block(kind: BlockCounts, one: ModelShape) -> float:
+        linear = prefill_length * kind.block_activation_bytes_per_token(one, act)
+        return linear + kind.block_prefill_mixing_bytes(one, prefill_length, act, state)
+
+    blocks = sum_blocks(shape, block)
     head = act * (shape.embedding_dim + shape.vocab_size)
-    return weight_bytes(shape, weight) + batch_size * (shape.num_blocks * block + head)
+    return weight_bytes(shape, weight) + batch_size * (blocks + head)
 
 
 def step_bytes(
@@ -108,8 +162,11 @@ def step_bytes(
     state: int = FP32_BYTES,
 ) -> float:  # fmt: skip
     """Bytes moved for one generated token after ``position`` tokens."""
-    entry = architecture(shape.arch)
-    block = entry.block_activation_bytes_per_token(shape, act)
-    block += entry.block_step_mixing_bytes(shape, position, act, state)
+
+    def block(kind: BlockCounts, one: ModelShape) -> float:
+        linear = kind.block_activation_bytes_per_token(one, act)
+        return linear + kind.block_step_mixing_bytes(one, position, act, state)
+
+    blocks = sum_blocks(shape, block)
     head = act * (shape.embedding_dim + shape.vocab_size)
-    return weight_bytes(shape, weight) + batch_size * (shape.num_blocks * block + head)
+    return weight_bytes(shape, weight) + batch_size * (blocks + head)

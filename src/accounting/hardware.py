@@ -15,7 +15,8 @@ ASSUMED_UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one device: matrix products [FLOP/s] by dtype, memory bandwidth [B/s]; its memory [B] and power [W].
+    """Peaks of one device: matrix products [FLOP/s] by dtype, memory bandwidth [B/s]; its memory [B], power [W] and last
+    cache before the memory [B].
 
     ``tf32_flops_per_s`` is the rate of fp32 operands rounded to tf32; products that keep fp32's digits need three of
     them, or the rate in ``fp32_flops_per_s`` where that is faster.
@@ -28,6 +29,7 @@ class Device:
     bytes_per_s: float
     memory_bytes: float = float("nan")
     power_w: float = float("nan")
+    cache_bytes: float = float("nan")
 
     def flops_per_s(self, dtype: str) -> float:
         """Peak of products of ``dtype`` (bfloat16, float16, float32); ValueError names the known ones."""
@@ -45,11 +47,11 @@ class Device:
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("A100", 312e12, 156e12, 19.5e12, 2.039e12, 80e9, 400),
-        Device("H100", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 80e9, 700),
-        Device("H200", 989.4e12, 494.7e12, 66.9e12, 4.8e12, 141e9, 700),
-        Device("B200", 2250e12, 1125e12, 75e12, 8.0e12, 180e9, 1000),
-        Device("MI300X", 1307.4e12, 653.7e12, 163.4e12, 5.3e12, 192e9, 750),
+        Device("A100", 312e12, 156e12, 19.5e12, 2.039e12, 80e9, 400, 40e6),
+        Device("H100", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 80e9, 700, 50e6),
+        Device("H200", 989.4e12, 494.7e12, 66.9e12, 4.8e12, 141e9, 700, 50e6),
+        Device("B200", 2250e12, 1125e12, 75e12, 8.0e12, 180e9, 1000, 126e6),
+        Device("MI300X", 1307.4e12, 653.7e12, 163.4e12, 5.3e12, 192e9, 750, 256e6),
     )
 }
 

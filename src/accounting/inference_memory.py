@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from xlstm_scaling.accounting.memory import FP32, GATE_NUMBERS, block_parameters, root_parameters
+from xlstm_scaling.accounting.counts import parts
+from xlstm_scaling.accounting.layout import FP32
+from xlstm_scaling.accounting.memory import model_parameters
 from xlstm_scaling.accounting.serving import state_bytes
 from xlstm_scaling.accounting.shapes import ModelShape
 
@@ -21,25 +23,18 @@ def inference_parameter_bytes(shape: ModelShape, weight: int = 2) -> int:
     """Bytes of the parameters as they lie in memory to generate: matrices of linear maps in ``weight`` bytes; the
     embedding, norms and gates, which are computed with in fp32, in four."""
     cast, kept = 0, 0
-    for parameters, copies in ((block_parameters(shape), shape.num_blocks), (root_parameters(shape), 1)):
-        for name, dims in parameters.items():
-            matrix = len(dims) == 2 and "gates" not in name and "embedding" not in name
-            size = copies * math.prod(dims)
-            cast, kept = cast + size * matrix, kept + size * (not matrix)
+    for name, dims in model_parameters(shape).items():
+        matrix = len(dims) == 2 and "gates" not in name and "embedding" not in name
+        size = math.prod(dims)
+        cast, kept = cast + size * matrix, kept + size * (not matrix)
     return weight * cast + FP32 * kept
 
 
 def _block_memory(shape: ModelShape, tokens: int, act: int) -> int:
     """Activations of a block: around its sequence mixing and around its feed-forward, as a C allocator's heap keeps
     what the one has freed while the other runs."""
-    H, d = shape.num_heads, shape.embedding_dim
-    v, qkv = H * shape.head_dim_v, H * (2 * shape.head_dim_qk + shape.head_dim_v)
-    if shape.arch == "xlstm":  # q, k, v; h, its norm, the output gate; the gates' fp32 input and what comes of them
-        mixing = act * (qkv + 3 * v) + FP32 * H * GATE_NUMBERS + (FP32 * d if act < FP32 else 0)
-    else:  # q, k, v; q and k rotated, two halves in between; the output, as heads and in one row
-        mixing = act * (qkv + 4 * H * shape.head_dim_qk + 2 * v) + 2 * FP32 * shape.head_dim_qk
-    feed_forward = act * 3 * shape.ffn_dim
-    return tokens * (mixing + feed_forward)
+    mixing = max(part.kind.block_inference_bytes_per_token(part.shape, act) for part in parts(shape))
+    return tokens * (mixing + act * 3 * shape.ffn_dim)
 
 
 def inference_memory(
@@ -72,7 +67,7 @@ def inference_memory(
     # the residual stream, its norm, what a block adds to it; the embedding before it is rounded
     stream = tokens * d * (3 * act + (FP32 if act < FP32 else 0))
     logits = batch_size * shape.vocab_size * (act + FP32)
-    masked = shape.arch != "xlstm" and chunk < prefill_length
+    masked = any(part.kind.attends for part in parts(shape)) and chunk < prefill_length
     return {
         "parameters": inference_parameter_bytes(shape, weight),
         "state": int(state_bytes(shape, prefill_length + generate_steps, batch_size, act)),

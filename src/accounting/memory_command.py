@@ -6,15 +6,27 @@ import argparse
 import json
 from dataclasses import asdict
 
-from xlstm_scaling.accounting.counts import count_params, make_shape
+from xlstm_scaling.accounting.counts import ARCHITECTURES, count_params, make_shape
 from xlstm_scaling.accounting.memory import HEADROOM, Memory, plan_memory
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which architecture, and what its shapes are free in."""
+    parser.add_argument("--arch", required=True, help=", ".join(ARCHITECTURES))
+    text = "hybrid: one attention block in so many (default: 4)"
+    parser.add_argument("--attention-every", type=int, metavar="K", help=text)
+
+
+def shape_options(args: argparse.Namespace) -> dict[str, int]:
+    """What was given of the options of a shape (``make_shape``)."""
+    return {} if args.attention_every is None else {"attention_every": args.attention_every}
+
+
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--arch", required=True, help="xlstm or transformer")
+    add_shape_arguments(parser)
     for name in ("embedding-dim", "num-blocks", "num-heads", "vocab-size", "context-length", "batch-sequences"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--devices", type=int, default=1, help="devices that train it together (default: 1)")
@@ -56,7 +68,8 @@ def run_memory(args: argparse.Namespace) -> int:
     """Print the settings that fit; ValueError where none does."""
     if args.devices < 1 or args.device_memory <= 0:
         raise ValueError("--devices and --device-memory must be positive")
-    shape = make_shape(args.arch, args.embedding_dim, args.num_blocks, args.num_heads, args.vocab_size)
+    sizes = (args.embedding_dim, args.num_blocks, args.num_heads, args.vocab_size)
+    shape = make_shape(args.arch, *sizes, **shape_options(args))
     degree = shard_of(args.shard, args.devices)
     plan = plan_memory(
         shape,

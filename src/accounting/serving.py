@@ -6,7 +6,16 @@ steps at positions P, P + 1 ... the rest. FLOPs are those of `counts.prefill_flo
 
 from __future__ import annotations
 
-from xlstm_scaling.accounting.counts import BF16_BYTES, FP32_BYTES, count_params, prefill_flops, step_flops
+from xlstm_scaling.accounting.counts import (
+    BF16_BYTES,
+    FP32_BYTES,
+    count_params,
+    parts,
+    prefill_flops,
+    step_flops,
+    sum_blocks,
+)
+from xlstm_scaling.accounting.feed_forward import qkv_width
 from xlstm_scaling.accounting.shapes import ModelShape
 
 
@@ -28,11 +37,7 @@ def served_token_flops(shape: ModelShape, prefill_length: int, generate_length: 
 
 def state_bytes(shape: ModelShape, tokens: int, batch_size: int = 1, act: int = BF16_BYTES) -> float:
     """Bytes of what is kept of a sequence: keys and values of all its tokens, or the mLSTM's state in fp32."""
-    if shape.arch == "xlstm":
-        scalars = shape.head_dim_qk * shape.head_dim_v + shape.head_dim_qk + 1
-        return FP32_BYTES * batch_size * shape.num_blocks * shape.num_heads * scalars
-    per_token = shape.num_heads * (shape.head_dim_qk + shape.head_dim_v)
-    return act * batch_size * shape.num_blocks * per_token * tokens
+    return batch_size * sum_blocks(shape, lambda kind, one: kind.block_state_bytes(one, tokens, act))
 
 
 def serving_memory(
@@ -51,9 +56,9 @@ def serving_memory(
     libraries' workspaces, the device's context, fragments.
     """
     tokens = batch_size * min(prefill_length, prefill_chunk or prefill_length)
-    d, v = shape.embedding_dim, shape.num_heads * shape.head_dim_v
-    qkv = shape.num_heads * (2 * shape.head_dim_qk + shape.head_dim_v)
-    widest = max(3 * shape.ffn_dim, qkv + 3 * v)
+    d = shape.embedding_dim
+    mixing = (qkv_width(part.shape) + 3 * part.shape.num_heads * part.shape.head_dim_v for part in parts(shape))
+    widest = max(3 * shape.ffn_dim, *mixing)
     return {
         "weights": float(weight * count_params(shape)),
         "state": state_bytes(shape, prefill_length + generate_length, batch_size, act),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 def ceil_to_multiple(value: int, multiple: int) -> int:
@@ -15,7 +18,7 @@ class ModelShape:
     """Dimensions of one model; made by ``Architecture.shape``, which derives what follows from the rest.
 
     ``chunk_size`` is the mLSTM chunk length L [tokens] that its FLOPs are counted at, ``None`` where the
-    architecture has no chunks.
+    architecture has no chunks. ``attention_every``: one attention block in so many, ``None`` where blocks are alike.
     """
 
     arch: str
@@ -27,17 +30,46 @@ class ModelShape:
     ffn_dim: int
     vocab_size: int
     chunk_size: int | None = None
+    attention_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "arch" or (name == "chunk_size" and value is None):
+            if name == "arch" or (name in OPTIONAL_DIMENSIONS and value is None):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{self.arch}: {name} must be a positive integer, got {value!r}")
 
     def as_dict(self) -> dict:
-        """The fields by name, in the order in which the tables carry them."""
-        return dict(vars(self))
+        """The fields by name, in the order in which the tables carry them; without ``attention_every`` where there is
+        none, as it is part of a run's identity and younger than most runs."""
+        fields = dict(vars(self))
+        if self.attention_every is None:
+            del fields["attention_every"]
+        return fields
+
+
+DIMENSIONS = ("embedding_dim", "num_blocks", "num_heads", "head_dim_qk", "head_dim_v", "ffn_dim", "vocab_size")
+OPTIONAL_DIMENSIONS = ("chunk_size", "attention_every")
+
+
+def shape_of_row(row: Mapping[str, Any]) -> ModelShape:
+    """The shape that a row of a table carries; optional dimensions may be missing or NaN.
+
+    Raises KeyError on a missing column, ValueError on a dimension that is not positive.
+    """
+    optional = {name: row[name] for name in OPTIONAL_DIMENSIONS if name in row}
+    known = {name: int(value) for name, value in optional.items() if not _is_missing(value)}
+    return ModelShape(arch=str(row["arch"]), **{name: int(row[name]) for name in DIMENSIONS}, **known)
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN or a table's NA."""
+    if value is None:
+        return True
+    try:
+        return math.isnan(value)
+    except TypeError:  # pandas' NA
+        return True
 
 
 def require_divisible(arch: str, what: str, value: int, by: int, by_name: str) -> int:

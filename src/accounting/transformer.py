@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import math
 
-from xlstm_scaling.accounting.architecture import Architecture
+from xlstm_scaling.accounting.architecture import UniformArchitecture
+from xlstm_scaling.accounting.feed_forward import (
+    feed_forward_kept,
+    feed_forward_parameters,
+    qkv_width,
+    weights_in_compute_dtype,
+)
+from xlstm_scaling.accounting.layout import FP32, Layout
 from xlstm_scaling.accounting.shapes import ModelShape, ceil_to_multiple, require_divisible
 
 SOFTMAX_FACTOR = 2.5  # 5 FLOPs an entry of the score matrix, half of which is causal
@@ -12,8 +19,9 @@ SOFTMAX_FACTOR = 2.5  # 5 FLOPs an entry of the score matrix, half of which is c
 CAUSAL_PREFILL_FACTOR = 0.65
 
 
-class Transformer(Architecture):
-    name = "transformer"
+class Transformer(UniformArchitecture):
+    name, label = "transformer", "Transformer"
+    attends = True
 
     def shape(
         self, embedding_dim: int, num_blocks: int, num_heads: int, vocab_size: int, chunk_size: int = 64
@@ -37,6 +45,33 @@ class Transformer(Architecture):
 
     def block_other_params(self, shape: ModelShape) -> int:
         return 2 * shape.embedding_dim  # the two norms
+
+    def block_parameters(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+        d = shape.embedding_dim
+        return {
+            "attention_norm.weight": (d,),
+            "attention.qkv.weight": (qkv_width(shape), d),
+            "attention.out.weight": (d, shape.num_heads * shape.head_dim_v),
+            **feed_forward_parameters(shape),
+        }
+
+    def kept_activations(self, shape: ModelShape, context_length: int, layout: Layout) -> dict[str, float]:
+        a, B, T, H = layout.activation_bytes, layout.micro_batch_sequences, context_length, shape.num_heads
+        M = B * T
+        rotary = (4 if a < FP32 else 2) * a * T * shape.head_dim_v  # cos and sin; rounded for q and for k
+        # q, k and v as projected, which v keeps; q and k rotated; the output
+        attention = qkv_width(shape) + 2 * H * shape.head_dim_qk + H * shape.head_dim_v
+        return feed_forward_kept(shape, M, a) | {
+            "weights in bf16": weights_in_compute_dtype(self.block_parameters(shape), a),
+            "attention": a * M * attention + rotary,
+            "log-sum-exp": FP32 * M * H,
+            "attention mask": a * B * T**2 if layout.documents else 0,
+        }
+
+    def backward_bytes(self, shape: ModelShape, context_length: int, layout: Layout) -> float:
+        a, M, d = layout.activation_bytes, layout.micro_batch_sequences * context_length, shape.embedding_dim
+        mixing = a * M * (qkv_width(shape) + 2 * shape.num_heads * shape.head_dim_v + 2 * d)
+        return max(a * M * (3 * shape.ffn_dim + 2 * d), mixing)
 
     def block_mixing_flops(self, shape: ModelShape, context_length: int, convention: str) -> float:
         pairs = context_length**2 * shape.num_heads
@@ -84,3 +119,11 @@ class Transformer(Architecture):
 
     def prefill_streams(self, shape: ModelShape, prefill_length: int) -> float:
         return shape.num_heads * prefill_length  # every query on its own
+
+    def block_state_bytes(self, shape: ModelShape, tokens: int, act: int) -> float:
+        return act * shape.num_heads * (shape.head_dim_qk + shape.head_dim_v) * tokens
+
+    def block_inference_bytes_per_token(self, shape: ModelShape, act: int) -> int:
+        # q, k, v; q and k rotated, two halves in between; the output, as heads and in one row
+        heads = shape.num_heads * (4 * shape.head_dim_qk + 2 * shape.head_dim_v)
+        return act * (qkv_width(shape) + heads) + 2 * FP32 * shape.head_dim_qk

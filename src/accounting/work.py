@@ -6,9 +6,12 @@ may be numbers or float64 arrays that broadcast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from xlstm_scaling.accounting.counts import BF16_BYTES, FP32_BYTES, architecture, weight_bytes
+from xlstm_scaling.accounting.architecture import BlockCounts
+from xlstm_scaling.accounting.counts import BF16_BYTES, FP32_BYTES, parts, sum_blocks, weight_bytes
 from xlstm_scaling.accounting.shapes import ModelShape
 
 LOGITS = ("last", "all")
@@ -62,24 +65,20 @@ def prefill_work(
     """
     if logits not in LOGITS:
         raise ValueError(f"logits must be one of {', '.join(LOGITS)}, not {logits!r}")
-    entry = architecture(shape.arch)
-    tokens, batch = prefill_length, batch_size
-    d, V, blocks = shape.embedding_dim, shape.vocab_size, shape.num_blocks
+    tokens, batch, d, V = prefill_length, batch_size, shape.embedding_dim, shape.vocab_size
+    backbone = sum_blocks(shape, lambda kind, one: kind.block_backbone_flops_per_token(one))
+    activations = sum_blocks(shape, lambda kind, one: kind.block_activation_bytes_per_token(one, act))
     num_logits = tokens if logits == "all" else 1.0
     cap_bytes = (num_logits - 1.0) * V * (act + 3 * FP32_BYTES)
     return Work(
-        linear_flops=batch * (blocks * tokens * entry.block_backbone_flops_per_token(shape) + num_logits * 2 * d * V),
-        mixing_flops=batch * blocks * entry.block_prefill_mixing_flops(shape, tokens),
-        scores=batch * blocks * entry.block_prefill_scores(shape, tokens),
+        linear_flops=batch * (tokens * backbone + num_logits * 2 * d * V),
+        mixing_flops=batch * sum_blocks(shape, lambda kind, one: kind.block_prefill_mixing_flops(one, tokens)),
+        scores=batch * sum_blocks(shape, lambda kind, one: kind.block_prefill_scores(one, tokens)),
         weight_bytes=weight_bytes(shape, weight),
-        activation_bytes=batch
-        * (
-            blocks * tokens * entry.block_activation_bytes_per_token(shape, act)
-            + num_logits * act * (d + V)
-            + cap_bytes
-        ),
-        state_bytes=batch * blocks * entry.block_prefill_mixing_bytes(shape, tokens, act, state),
-        streams=batch * entry.prefill_streams(shape, tokens),
+        activation_bytes=batch * (tokens * activations + num_logits * act * (d + V) + cap_bytes),
+        state_bytes=batch
+        * sum_blocks(shape, lambda kind, one: kind.block_prefill_mixing_bytes(one, tokens, act, state)),
+        streams=batch * _mean_streams(shape, lambda kind, one: kind.prefill_streams(one, tokens)),
     )
 
 
@@ -88,14 +87,24 @@ def step_work(
     act: int = BF16_BYTES, state: int = FP32_BYTES,
 ) -> Work:  # fmt: skip
     """Work of one generated token of each of ``batch_size`` sequences after ``position`` tokens."""
-    entry = architecture(shape.arch)
-    batch, d, V, blocks = batch_size, shape.embedding_dim, shape.vocab_size, shape.num_blocks
+    batch, d, V = batch_size, shape.embedding_dim, shape.vocab_size
+    backbone = sum_blocks(shape, lambda kind, one: kind.block_backbone_flops_per_token(one))
+    activations = sum_blocks(shape, lambda kind, one: kind.block_activation_bytes_per_token(one, act))
     return Work(
-        linear_flops=batch * (blocks * entry.block_backbone_flops_per_token(shape) + 2 * d * V),
-        mixing_flops=batch * blocks * entry.block_step_mixing_flops(shape, position),
-        scores=batch * blocks * entry.block_step_scores(shape, position),
+        linear_flops=batch * (backbone + 2 * d * V),
+        mixing_flops=batch * sum_blocks(shape, lambda kind, one: kind.block_step_mixing_flops(one, position)),
+        scores=batch * sum_blocks(shape, lambda kind, one: kind.block_step_scores(one, position)),
         weight_bytes=weight_bytes(shape, weight),
-        activation_bytes=batch * (blocks * entry.block_activation_bytes_per_token(shape, act) + act * (d + V)),
-        state_bytes=batch * blocks * entry.block_step_mixing_bytes(shape, position, act, state),
-        streams=batch * shape.num_heads,
+        activation_bytes=batch * (activations + act * (d + V)),
+        state_bytes=batch
+        * sum_blocks(shape, lambda kind, one: kind.block_step_mixing_bytes(one, position, act, state)),
+        streams=batch * _mean_streams(shape, lambda kind, one: one.num_heads),
     )
+
+
+def _mean_streams(shape: ModelShape, streams: Callable[[BlockCounts, ModelShape], Any]) -> Any:
+    """Streams of a block: their harmonic mean over the kinds of block, as it is waits that add up."""
+    kinds = parts(shape)
+    if len(kinds) == 1:
+        return streams(kinds[0].kind, kinds[0].shape)
+    return shape.num_blocks / sum_blocks(shape, lambda kind, one: 1.0 / streams(kind, one))

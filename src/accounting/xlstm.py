@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import math
 
-from xlstm_scaling.accounting.architecture import Architecture
+from xlstm_scaling.accounting.architecture import UniformArchitecture
+from xlstm_scaling.accounting.feed_forward import (
+    feed_forward_kept,
+    feed_forward_parameters,
+    qkv_width,
+    weights_in_compute_dtype,
+)
+from xlstm_scaling.accounting.layout import FP32, GATE_NUMBERS, Layout
 from xlstm_scaling.accounting.shapes import ModelShape, ceil_to_multiple, require_divisible
 
 QK_DIM_FACTOR = 0.5
@@ -49,8 +56,9 @@ def cell_flops_tfla(chunk: int, d_qk: int, d_v: int) -> float:
     return recurrent + intra + inter + combination
 
 
-class XLSTM(Architecture):
-    name = "xlstm"
+class XLSTM(UniformArchitecture):
+    name, label = "xlstm", "xLSTM"
+    attends = False
 
     def shape(
         self, embedding_dim: int, num_blocks: int, num_heads: int, vocab_size: int, chunk_size: int = 64
@@ -78,6 +86,40 @@ class XLSTM(Architecture):
     def block_other_params(self, shape: ModelShape) -> int:
         # gate biases; pre-norm and multi-head norm; norm of the feed-forward
         return 2 * shape.num_heads + 2 * shape.embedding_dim + shape.embedding_dim
+
+    def block_parameters(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+        d, H, v = shape.embedding_dim, shape.num_heads, shape.num_heads * shape.head_dim_v
+        return {
+            "mlstm_norm.weight": (d,),
+            "mlstm.qkv.weight": (qkv_width(shape), d),
+            "mlstm.output_gate.weight": (v, d),
+            "mlstm.gates.weight": (2 * H, d),
+            "mlstm.gates.bias": (2 * H,),
+            "mlstm.norm.weight": (v,),
+            "mlstm.out.weight": (d, v),
+            **feed_forward_parameters(shape),
+        }
+
+    def kept_activations(self, shape: ModelShape, context_length: int, layout: Layout) -> dict[str, float]:
+        a, B, H = layout.activation_bytes, layout.micro_batch_sequences, shape.num_heads
+        M, v = B * context_length, H * shape.head_dim_v
+        L = layout.chunk_tokens or gpu_chunk_tokens(shape)
+        state = (layout.state_bytes or a) * shape.head_dim_qk * shape.head_dim_v + FP32 * shape.head_dim_qk
+        gates_input = FP32 * M * shape.embedding_dim if a < FP32 else 0
+        return feed_forward_kept(shape, M, a) | {
+            "weights in bf16": weights_in_compute_dtype(self.block_parameters(shape), a),
+            "mLSTM": a * M * (qkv_width(shape) + 3 * v),  # q, k, v; h, output gate, gated output
+            "gates": gates_input + FP32 * M * H * GATE_NUMBERS,
+            "mLSTM states": B * H * (-(-context_length // L) + 1) * state,
+        }
+
+    def backward_bytes(self, shape: ModelShape, context_length: int, layout: Layout) -> float:
+        a, M, d = layout.activation_bytes, layout.micro_batch_sequences * context_length, shape.embedding_dim
+        mixing = a * M * (qkv_width(shape) + 2 * shape.num_heads * shape.head_dim_v + 2 * d)
+        # gradients of the states, and of the gates' input
+        mixing += self.kept_activations(shape, context_length, layout)["mLSTM states"]
+        mixing += FP32 * M * d if a < FP32 else 0
+        return max(a * M * (3 * shape.ffn_dim + 2 * d), mixing)
 
     def block_mixing_flops(self, shape: ModelShape, context_length: int, convention: str) -> float:
         cell = cell_flops_tfla if convention == "tfla" else cell_flops_chunkwise
@@ -141,3 +183,16 @@ class XLSTM(Architecture):
 
     def prefill_streams(self, shape: ModelShape, prefill_length: int) -> float:
         return shape.num_heads + 0.0 * prefill_length  # a head's chunks come one after another
+
+    def block_state_bytes(self, shape: ModelShape, tokens: int, act: int) -> float:
+        return FP32 * shape.num_heads * self._state_scalars(shape) + 0 * tokens
+
+    def block_inference_bytes_per_token(self, shape: ModelShape, act: int) -> int:
+        v = shape.num_heads * shape.head_dim_v
+        gates = FP32 * shape.num_heads * GATE_NUMBERS + (FP32 * shape.embedding_dim if act < FP32 else 0)
+        return act * (qkv_width(shape) + 3 * v) + gates  # q, k, v; h, its norm, the output gate
+
+
+def gpu_chunk_tokens(shape: ModelShape) -> int:
+    """Tokens between two states that the Triton kernels keep (kernels/mlstm/chunkwise_triton.py), unless tuned."""
+    return 256 if shape.head_dim_qk * shape.head_dim_v >= 128 * 128 else 128

@@ -70,7 +70,7 @@ def locate(settings: CorpusSettings) -> tuple[Path, list[Path]]:
         if not any(part.startswith(".") for part in path.relative_to(root).parts) and path.is_file()
     ]
     if not found:
-        raise CorpusError(f"There are no files for {where}. {wanted}")
+        raise CorpusError(f"No file: {where} holds none. {wanted}")
     files = [path for path in found if format_of(path, settings.text_suffix)]
     if not files:
         names = ", ".join(sorted(path.name for path in found)[:5])
@@ -153,7 +153,10 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{where} is not valid UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise CorpusError(
+            f"{where} is not valid UTF-8 ({error.reason} at byte {error.start}): it is no text, or text in another "
+            "encoding. Take it out, convert it (iconv -t UTF-8), or name the files to take with corpus.glob."
+        ) from error
 
 
 def _clean(text: Any, where: str, field: str) -> str:

@@ -7,8 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from xlstm_scaling.accounting import label
+
 from .sheet import Sheet, empty_sheet, mark
-from .style import INK, NAMES, OTHER_COLOURS, OTHER_MARKERS, SOFT, count, themed
+from .style import INK, OTHER_COLOURS, OTHER_MARKERS, SOFT, count, themed
 
 TITLE = "What carries over from study to study"
 RATIO = "FLOPs for equal loss"
@@ -21,17 +23,14 @@ def _panels(table: pd.DataFrame) -> list[tuple[str, str, float, pd.DataFrame]]:
     groups = [
         ("Size and tokens", "exponent [1]", 0.0, table[~ratio & ~loss]),
         ("Loss", "exponent [1]", 0.0, table[loss]),
-        ("Equal loss", "FLOPs, Transformer over xLSTM [1]", 1.0, table[ratio]),
+        ("Equal loss", "ratio of FLOPs [1]", 1.0, table[ratio]),
     ]
     return [group for group in groups if len(group[3])]
 
 
 def _label(quantity: str, arch: str) -> str:
-    name = NAMES.get(arch)
-    if name is None:
-        for key, value in NAMES.items():
-            arch = arch.replace(key, value)
-        name = arch.replace(" - ", " − ")
+    separator = " / " if " / " in arch else " - "
+    name = separator.replace("-", "−").join(map(label, arch.split(separator)))
     return f"{quantity.removeprefix('exponent of ')}\n{name}"
 
 
@@ -75,10 +74,10 @@ def comparison(table: pd.DataFrame) -> Figure:
         width=4.6 * len(panels),
         row_height=1.0 + (0.3 + 0.1 * len(studies)) * lines,
     )
-    for ax, (title, label, neutral, rows) in zip(sheet.axes[0], panels):
+    for ax, (title, axis, neutral, rows) in zip(sheet.axes[0], panels):
         _draw(ax, rows, styles, neutral, lines)
         ax.set_title(title)
-        ax.set_xlabel(label)
+        ax.set_xlabel(axis)
     for study, (colour, marker) in styles.items():
         contexts = sorted(shown.loc[shown["study"] == study, "context_length"].dropna().unique())
         where = ", context " + ", ".join(count(c) for c in contexts) if contexts else ""

@@ -16,17 +16,18 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from xlstm_scaling.accounting import label
+
 from .tables import order_archs
 
 WIDTH = 10.0  # inches
 INK, SOFT, FAILED = "#222222", "#5f6368", "#9aa0a6"
 
 # Okabe-Ito: told apart with every common colour blindness.
-COLOURS = {"xlstm": "#0072B2", "transformer": "#D55E00"}
-MARKERS = {"xlstm": "o", "transformer": "s"}
-NAMES = {"xlstm": "xLSTM", "transformer": "Transformer"}
-OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-OTHER_MARKERS = ("^", "D", "v", "P", "X")
+COLOURS = {"xlstm": "#0072B2", "transformer": "#D55E00", "hybrid": "#009E73"}
+MARKERS = {"xlstm": "o", "transformer": "s", "hybrid": "^"}
+OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OTHER_MARKERS = ("D", "v", "P", "X")
 
 RC = {
     **sns.axes_style("whitegrid"),
@@ -90,10 +91,10 @@ def arch_styles(archs: Iterable[str]) -> dict[str, ArchStyle]:
     styles, others = {}, 0
     for arch in order_archs(archs):
         if arch in COLOURS:
-            styles[arch] = ArchStyle(NAMES[arch], COLOURS[arch], MARKERS[arch])
+            styles[arch] = ArchStyle(label(arch), COLOURS[arch], MARKERS[arch])
         else:
             index = others % len(OTHER_COLOURS)
-            styles[arch] = ArchStyle(arch, OTHER_COLOURS[index], OTHER_MARKERS[index])
+            styles[arch] = ArchStyle(label(arch), OTHER_COLOURS[index], OTHER_MARKERS[index])
             others += 1
     return styles
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-ARCH_ORDER = ("xlstm", "transformer")
+from xlstm_scaling.accounting import ordered
 
 # Which stage writes a table, for the error that names it.
 STAGES = {"runs": "runs", "curves": "runs", "fits": "fit", "inference": "inference", "evaluation": "evaluate"}
@@ -81,9 +81,8 @@ class Tables(Mapping):
 
 
 def order_archs(archs: Iterable[str]) -> list[str]:
-    """xLSTM, Transformer, then any other by name; rows that hold differences (`a - b`) are left out."""
-    names = {str(arch) for arch in archs if " - " not in str(arch)}
-    return [arch for arch in ARCH_ORDER if arch in names] + sorted(names - set(ARCH_ORDER))
+    """The order of the accounting; rows that hold differences (`a - b`) are left out."""
+    return ordered(arch for arch in archs if " - " not in str(arch))
 
 
 def numbers(values: pd.Series) -> pd.Series:

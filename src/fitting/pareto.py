@@ -6,17 +6,19 @@ steps down within one IsoFLOP budget, where a ratio would compare a good run wit
 
 from collections.abc import Mapping
 from enum import StrEnum
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from xlstm_scaling.accounting import ordered
+
 from .resampling import percentile_interval, stratified_counts
 from .tables import make_table
 
 Array = NDArray[np.float64]
-_ARCHITECTURES = ("xlstm", "transformer")
 
 
 class ParetoStatus(StrEnum):
@@ -73,7 +75,8 @@ def flops_at_loss(flops: Array, loss: Array, targets: Array) -> Array:
 
 
 def fit_pareto(runs: pd.DataFrame, config: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Find the frontiers and, over the losses that both architectures' frontiers span, the ratio of FLOPs.
+    """Find the frontiers and, for every pair of architectures, over the losses that both frontiers span, the ratio of
+    the second's FLOPs to the first's.
 
     Runs are resampled within budgets and ratios; a resample whose frontier does not reach a loss is left out there, and
     the interval is NaN if fewer than half remain (`no_interval`). A resample can only lose frontier runs, so at the
@@ -93,9 +96,8 @@ def fit_pareto(runs: pd.DataFrame, config: Mapping[str, Any]) -> tuple[pd.DataFr
         frontiers.append(cell.loc[frontier_mask(flops, loss, tolerance), columns].sort_values("num_flops"))
     rows: list[dict[str, Any]] = []
     for context, cell in runs.groupby("context_length", sort=True):
-        pair = {arch: cell[cell["arch"] == arch] for arch in _ARCHITECTURES}
-        if all(len(group) for group in pair.values()):
-            rows += _ratios(int(context), pair, config)
+        for pair in combinations(ordered(cell["arch"]), 2):
+            rows += _ratios(int(context), {arch: cell[cell["arch"] == arch] for arch in pair}, config)
     stacked = pd.concat(frontiers, ignore_index=True) if frontiers else []
     return make_table("pareto", stacked, runs), make_table("pareto_ratio", rows, runs)
 
@@ -110,14 +112,15 @@ def _ratios(context: int, pair: Mapping[str, pd.DataFrame], config: Mapping[str,
     if not low < high:
         return []
     targets = np.geomspace(low, high, int(config["pareto"]["ratio_points"]))
-    flops = {arch: flops_at_loss(*data[arch], targets) for arch in _ARCHITECTURES}
-    samples = {arch: _resampled(*data[arch], pair[arch], targets, config, context, arch) for arch in _ARCHITECTURES}
-    ratios = samples["transformer"] / samples["xlstm"]  # [R, t]
+    first, second = pair
+    flops = {arch: flops_at_loss(*data[arch], targets) for arch in pair}
+    samples = {arch: _resampled(*data[arch], pair[arch], targets, config, context, arch) for arch in pair}
+    ratios = samples[second] / samples[first]  # [R, t]
     rows = []
     for j, target in enumerate(targets):
-        row = {"context_length": context, "val_loss": target}
-        row |= {"flops_xlstm": flops["xlstm"][j], "flops_transformer": flops["transformer"][j]}
-        row["flop_ratio"] = row["flops_transformer"] / row["flops_xlstm"]
+        row = {"arch": first, "other": second, "context_length": context, "val_loss": target}
+        row |= {"flops": flops[first][j], "flops_other": flops[second][j]}
+        row["flop_ratio"] = row["flops_other"] / row["flops"]
         row["flop_ratio_lo"], row["flop_ratio_hi"] = percentile_interval(ratios[:, j], config["confidence"])
         known = np.isfinite(row["flop_ratio_lo"])
         rows.append(row | {"status": ParetoStatus.OK if known else ParetoStatus.NO_INTERVAL})

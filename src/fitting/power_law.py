@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from xlstm_scaling.accounting import ordered
+
 from .resampling import cell_generator, percentile_interval, refill
 from .tables import make_table
 
 Array = NDArray[np.float64]
-DIFFERENCE = "xlstm - transformer"
 _VARIABLES = {"num_params": ("num_params", "x_opt"), "num_tokens": ("num_tokens", "x_opt")}
 _VARIABLES["loss"] = ("num_params", "loss_opt")  # L* is read off the parabola in log10 N
 
@@ -27,6 +28,11 @@ class PowerLawStatus(StrEnum):
 
     OK = "ok"
     TOO_FEW_POINTS = "too_few_points"
+
+
+def difference(first: str, second: str) -> str:
+    """What stands in the column ``arch`` where a row is the first architecture's exponent minus the second's."""
+    return f"{first} - {second}"
 
 
 def fit_lines(x: Array, y: Array) -> Array:
@@ -55,8 +61,8 @@ def fit_power_laws(
         runs: the table of runs, for the type of the tags.
 
     Returns:
-        The tables `power_laws` and `power_law_bands` of docs/tables.md. Rows of `"xlstm - transformer"` hold the
-        difference of the exponents only (a difference of coefficients has no meaning at H = 1).
+        The tables `power_laws` and `power_law_bands` of docs/tables.md. Rows of `difference(a, b)`, one for every pair
+        of architectures, hold the difference of the exponents only (one of coefficients has no meaning at H = 1).
     """
     draws = {
         key: group.sort_values("resample")[["x_opt", "loss_opt"]].to_numpy()
@@ -185,22 +191,24 @@ def _band(key: dict[str, Any], row: dict[str, Any], lines: Array, grid: Array, c
 
 
 def _differences(fits: Sequence[tuple[dict[str, Any], Array]], confidence: float) -> list[dict[str, Any]]:
-    """Return the rows of xLSTM's exponent minus the Transformer's, where both exist."""
+    """Return the rows of one architecture's exponent minus another's, where both exist, for every pair in order."""
     names = ("context_length", "variable", "predictor", "isoflop_tag")
     table = {(row["arch"], *(str(row[name]) for name in names)): (row, lines) for row, lines in fits}
     rows = []
+    archs = ordered(arch for arch, *_ in table)
     for (arch, *rest), (row, lines) in table.items():
-        other = table.get(("transformer", *rest))
-        if arch != "xlstm" or other is None or len(lines) == 1 or len(other[1]) == 1:
-            continue
-        lo, hi = percentile_interval(lines[1:, 1] - other[1][1:, 1], confidence)
-        difference = {name: row[name] for name in names} | {"arch": DIFFERENCE, "status": PowerLawStatus.OK}
-        difference |= {"exponent": lines[0, 1] - other[1][0, 1], "exponent_lo": lo, "exponent_hi": hi}
-        difference["num_points"] = min(row["num_points"], other[0]["num_points"])
-        difference["predictor_min"] = max(row["predictor_min"], other[0]["predictor_min"])
-        difference["predictor_max"] = min(row["predictor_max"], other[0]["predictor_max"])
-        difference["detail"] = "Difference of the exponents; the architectures are resampled independently."
-        if np.isnan(lo):
-            difference["detail"] += " One of them has no interval."
-        rows.append(difference)
+        for second in archs[archs.index(arch) + 1 :]:
+            other = table.get((second, *rest))
+            if other is None or len(lines) == 1 or len(other[1]) == 1:
+                continue
+            lo, hi = percentile_interval(lines[1:, 1] - other[1][1:, 1], confidence)
+            gap = {name: row[name] for name in names} | {"arch": difference(arch, second), "status": PowerLawStatus.OK}
+            gap |= {"exponent": lines[0, 1] - other[1][0, 1], "exponent_lo": lo, "exponent_hi": hi}
+            gap["num_points"] = min(row["num_points"], other[0]["num_points"])
+            gap["predictor_min"] = max(row["predictor_min"], other[0]["predictor_min"])
+            gap["predictor_max"] = min(row["predictor_max"], other[0]["predictor_max"])
+            gap["detail"] = "Difference of the exponents; the architectures are resampled independently."
+            if np.isnan(lo):
+                gap["detail"] += " One of them has no interval."
+            rows.append(gap)
     return rows

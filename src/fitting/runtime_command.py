@@ -62,6 +62,8 @@ def _lines(row: dict[str, Any], errors: pd.DataFrame) -> Iterator[str]:
                 interval = f"{_number(row[f'{name}_lo'])} to {_number(row[f'{name}_hi'])}"
                 yield f"  {name:30s} {_number(row[name]):>9s}   {interval}"
         yield f"  mean absolute relative error: {row['mape_fit']:.1%}, on sizes held out {row['mape_held_out']:.1%}"
+        if not math.isnan(row.get("mape_noise", math.nan)):
+            yield f"  the spread of the repeats alone makes {row['mape_noise']:.1%}"
         for size in errors.itertuples():
             yield f"    {size.num_params:14,.0f} parameters  {size.mape_fit:6.1%}  held out {size.mape_held_out:6.1%}"
     if row["detail"]:

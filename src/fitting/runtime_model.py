@@ -1,11 +1,12 @@
 """The runtime model: time to first token and step time from FLOPs, bytes and constants of the machine.
 
-    t = roof(linear FLOPs / linear_flops_per_s, weight bytes / weight_bytes_per_s)
-        + (mixing FLOPs / mixing_flops_per_s + scores / scores_per_s + state bytes / state_bytes_per_s)
+    t = roof(linear FLOPs / linear_flops_per_s, missed · weight bytes / weight_bytes_per_s)
+        + (mixing FLOPs / mixing_flops_per_s + scores / scores_per_s + missed · state bytes / state_bytes_per_s)
           · roof(1, parallel_streams / streams)
         + activation bytes / activation_bytes_per_s
         + overhead_s + num_blocks · (overhead_per_block_s + [batch > 1] overhead_per_batched_block_s)
         + overhead_per_sequence_s · batch
+    missed = 1 / (1 + (cache_bytes / (weight bytes + state bytes))^4)
     roof(a, b) = (a^p + b^p)^(1/p)
 
 A smooth roofline (Williams et al. 2009) for each kind of kernel, one kind after another: docs/runtime.md. One set of
@@ -25,7 +26,7 @@ from scipy.stats import t as student_t
 
 from .resampling import percentile_interval, stratified_counts
 from .runtime_prediction import predict_step_time_s, predict_ttft_s
-from .runtime_solver import LINEAR, MIXING, REST, TERMS, Design, Solution, elasticities, solve
+from .runtime_solver import CACHE, LINEAR, MIXING, NO_ERROR, REST, TERMS, Design, Solution, elasticities, solve
 from .runtime_tables import (
     COUNTS,
     KEYS,
@@ -38,7 +39,9 @@ from .runtime_tables import (
     check_measurements,
     constants,
     counted_as,
+    device_limits,
     has_second_version,
+    noise,
     model_table,
     peak_rates,
     prediction_table,
@@ -60,12 +63,15 @@ PROPORTIONAL = 0.15
 LEVEL = 0.95
 #: a cost this small, in units of the design's scale, is none
 FLOOR = 1e-6
-_FIRST = ("sequence", "batched_block", "wait", "scores", "activation_bytes", "block")
-#: which of the terms that are not told apart leaves the fit first; prefill is bound by FLOPs, a step by bytes
+_FIRST = ("sequence", "batched_block", "wait", "cache", "scores", "activation_bytes", "constant")
+#: which of the terms that are not told apart leaves the fit first; prefill is bound by FLOPs, a step by bytes, and most
+#: kernels are launched by blocks
 EXPENDABLE = {
-    "ttft": (*_FIRST, "state_bytes", "mixing_flops", "weight_bytes", "constant"),
-    "step_time": (*_FIRST, "mixing_flops", "state_bytes", "linear_flops", "constant"),
+    "ttft": (*_FIRST, "state_bytes", "mixing_flops", "weight_bytes", "block"),
+    "step_time": (*_FIRST, "mixing_flops", "state_bytes", "linear_flops", "block"),
 }
+#: terms whose bytes a cache spares
+SPARED = (TERMS.index("weight_bytes"), TERMS.index("state_bytes"))
 #: groups of terms of which two that are proportional cannot be told apart
 TOGETHER = (LINEAR, MIXING, REST)
 
@@ -80,16 +86,20 @@ class _Fit:
     notes: list[str] = field(default_factory=list)
 
 
-def _by_design(design: Design, expendable: tuple[str, ...]) -> tuple[NDArray[np.bool_], list[str]]:
+def _by_design(design: Design, expendable: tuple[str, ...], cached: bool) -> tuple[NDArray[np.bool_], list[str]]:
     """The terms (K,) that the measurements can tell from each other at all, and why others are not among them.
 
-    A term that no measurement has (a step of an mLSTM has no scores) is left out without a word.
+    A term that no measurement has (a step of an mLSTM has no scores) is left out without a word. ``cached``: with a
+    cache, which spares some of the bytes and none of the FLOPs.
     """
     active, notes = (design.terms > 0).any(axis=0), []
+    active[CACHE] &= cached
     groups = [[i for i in range(len(TERMS))[group] if active[i]] for group in TOGETHER]
     for term in expendable:
         i = TERMS.index(term)
         for j in next((group for group in groups if i in group), []):
+            if cached and (i in SPARED) != (j in SPARED):
+                continue
             if j != i and active[i] and active[j] and _proportional(design.terms[:, i], design.terms[:, j]):
                 active[i] = False
                 notes.append(f"{PARAMETERS[term]} is not told apart from {PARAMETERS[TERMS[j]]}, which stands for it")
@@ -103,12 +113,12 @@ def _proportional(a: Array, b: Array) -> bool:
 
 
 def _hidden(fit: Solution, design: Design, delta: float) -> tuple[int, str] | None:
-    """A term whose rate is at the data sheet's peak and without which the fit is better."""
+    """A term whose rate is at the device's peak and without which the fit is better."""
     for k in np.flatnonzero(design.at_peak(fit.theta)):
         active = np.isfinite(fit.theta)
         active[k] = False
         if active.any() and solve(design, active, delta, starts=fit.finalists).objective < fit.objective:
-            return int(k), f"{PARAMETERS[TERMS[k]]} would be above the data sheet's peak: hidden behind other work"
+            return int(k), f"{PARAMETERS[TERMS[k]]} would be above the device's peak: hidden behind other work"
     return None
 
 
@@ -136,7 +146,7 @@ def _uncertainty(design: Design, theta: Array, sizes: Array, delta: float) -> Ar
 def _weakest(fit: Solution, design: Design, sizes: Array, delta: float) -> tuple[int, str] | None:
     """The term that the measurements tell least from nothing. A rate at its peak is told."""
     active = np.isfinite(fit.theta)
-    reach = np.where(active, elasticities(design, fit.theta).max(axis=0), np.inf)
+    reach = np.where(active, np.abs(elasticities(design, fit.theta)).max(axis=0), np.inf)
     doubt = np.where(active & ~design.at_peak(fit.theta), _uncertainty(design, fit.theta, sizes, delta), 0.0)
     k = int(np.argmin(reach)) if reach.min() < NEGLIGIBLE else int(np.argmax(doubt))
     if active.sum() < 2 or (reach[k] >= NEGLIGIBLE and doubt[k] <= 1.0):
@@ -161,9 +171,22 @@ def _not_told_apart(fit: Solution, design: Design, expendable: tuple[str, ...]) 
 
 
 def _fit(design: Design, sizes: Array, quantity: str, config: Mapping[str, Any]) -> _Fit:
+    """The better of the fits without and with a cache, where the device is known to have one: by the Bayesian information criterion, of Laplace errors."""
+    plain = _fit_terms(design, sizes, quantity, config, cached=False)
+    if not design.has_cache:
+        return plain
+    cached = _fit_terms(design, sizes, quantity, config, cached=True)
+    n, extra = len(design.log_time), np.isfinite(cached.solution.theta).sum() - np.isfinite(plain.solution.theta).sum()
+    gain = n * np.log(plain.solution.objective / max(cached.solution.objective, NO_ERROR))
+    if np.isfinite(cached.solution.theta[CACHE]) and gain > max(extra, 1) * np.log(n):
+        return cached
+    return plain
+
+
+def _fit_terms(design: Design, sizes: Array, quantity: str, config: Mapping[str, Any], cached: bool) -> _Fit:
     """Fit; then drop, one at a time and saying so, the terms that the measurements do not identify."""
     expendable, delta = EXPENDABLE[counted_as(quantity)], float(config["huber_delta"])
-    active, notes = _by_design(design, expendable)
+    active, notes = _by_design(design, expendable, cached)
     starts = None
     while True:
         solution = solve(design, active, delta, starts=starts)
@@ -172,13 +195,13 @@ def _fit(design: Design, sizes: Array, quantity: str, config: Mapping[str, Any])
             or _weakest(solution, design, sizes, delta)
             or _not_told_apart(solution, design, expendable)
         )
-        if dropped is None:
+        if dropped is None or dropped[0] == CACHE:
             break
         active[dropped[0]] = False
         notes.append(dropped[1])
         starts = solution.finalists
     peaks = np.flatnonzero(design.at_peak(solution.theta))
-    notes += [f"{PARAMETERS[TERMS[k]]} is the data sheet's peak" for k in peaks]
+    notes += [f"{PARAMETERS[TERMS[k]]} is the device's peak" for k in peaks]
     return _Fit(design, solution, design.costs(solution.theta), notes)
 
 
@@ -232,7 +255,7 @@ def _held_out(
 
 
 def _fit_group(
-    rows: pd.DataFrame, quantity: str, stream: tuple[str, ...], config: Mapping[str, Any]
+    rows: pd.DataFrame, quantity: str, stream: tuple[str, ...], config: Mapping[str, Any], device: pd.DataFrame | None
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """One row of ``runtime_model`` (without its keys) and the predictions of its measurements."""
     empty = pd.DataFrame(columns=list(PREDICTION_COLUMNS))
@@ -243,15 +266,16 @@ def _fit_group(
     kind = counted_as(quantity)
     counts = {name: rows[f"{kind}_{name}"].to_numpy(dtype=np.float64) for name in (*COUNTS, "flops", "bytes")}
     terms = term_counts(counts, rows["num_blocks"].to_numpy(), rows["batch_size"].to_numpy())
-    peaks = peak_rates(str(config.get("datasheet") or rows["device"].iloc[0]), str(rows["dtype"].iloc[0]))
-    design = Design.of(terms, measured, float(config["norm_p"]), peaks)
+    limits = device_limits(str(config.get("datasheet") or rows["device"].iloc[0]), str(rows["dtype"].iloc[0]), device)
+    design = Design.of(terms, measured, float(config["norm_p"]), peak_rates(limits), limits.get("cache_bytes"))
     fit = _fit(design, sizes, quantity, config)
     fitted = design.predict_costs(fit.costs)
     unseen, notes = _held_out(design, measured, sizes, quantity, config)
     ends = _intervals(fit, sizes, stream, config)
     seen = np.isfinite(unseen)
     row = {"norm_p": design.norm_p, **constants(fit.costs), **ends, "mape_fit": _mape(measured, fitted)}
-    row |= {"mape_held_out": _mape(measured[seen], unseen[seen]), "num_measurements": len(rows)}
+    row |= {"mape_held_out": _mape(measured[seen], unseen[seen]), "mape_noise": noise(rows, quantity)}
+    row["num_measurements"] = len(rows)
     row |= {f"{name}_{end}": getattr(rows[name], end)() for name in RANGES for end in ("min", "max")}
     row |= {"status": "ok", "detail": "; ".join(fit.notes + notes)}
     base = rows[list(KEYS)].assign(quantity=quantity, measured_s=measured, flops=counts["flops"], bytes=counts["bytes"])
@@ -259,7 +283,9 @@ def _fit_group(
     return row, pd.concat([part for part in parts if len(part)])[list(PREDICTION_COLUMNS)]
 
 
-def fit_runtime_models(measurements: pd.DataFrame, config: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def fit_runtime_models(
+    measurements: pd.DataFrame, config: Mapping[str, Any], device: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Fit one runtime model for each architecture, device and quantity, over all its sizes, batches and prefills.
 
     Minimises the sum of Huber_δ(ln t̂ − ln t) over positive constants from many starts. A term that the measurements do
@@ -272,6 +298,8 @@ def fit_runtime_models(measurements: pd.DataFrame, config: Mapping[str, Any]) ->
         config: ``norm_p``, ``huber_delta``, ``min_measurements``, ``num_resamples``, ``confidence``, ``seed``
             (conf/inference, ``runtime_model``); ``datasheet``: the name of the device whose peaks no rate exceeds
             (``accounting.hardware``), if it is not in the name of the measured device.
+        device: the table ``device``: what a probe of the measured device reached (`device_limits`); None: nothing is
+            known but by a data sheet.
 
     Returns:
         The tables ``runtime_model`` and ``runtime_predictions`` of docs/tables.md. The second has a row with
@@ -284,22 +312,22 @@ def fit_runtime_models(measurements: pd.DataFrame, config: Mapping[str, Any]) ->
     models: list[dict[str, Any]] = []
     predictions: list[pd.DataFrame] = []
     usable = 0
-    for (arch, device), group in measurements.groupby(["arch", "device"], sort=True):
+    for (arch, name), group in measurements.groupby(["arch", "device"], sort=True):
         settings = group[list(SETTINGS)].drop_duplicates()
         if len(settings) > 1:
             found = "; ".join(
                 f"{row.dtype}, {row.num_threads} threads, logits of {row.prefill_logits}"
                 for row in settings.itertuples()
             )
-            raise FitError(f"measurements of {arch} on {device} mix settings ({found}): fit them apart")
+            raise FitError(f"measurements of {arch} on {name} mix settings ({found}): fit them apart")
         for quantity in QUANTITIES:
             if quantity == "ttft_raw" and not has_second_version(group):
                 continue
             rows = usable_rows(group, quantity)
             usable += len(rows)
-            row, predicted = _fit_group(rows, quantity, (str(arch), str(device), quantity), config)
-            keys = {"arch": arch, "quantity": quantity, "device": device}
-            keys |= {name: settings.iloc[0][name] for name in ("dtype", "prefill_logits")}
+            row, predicted = _fit_group(rows, quantity, (str(arch), str(name), quantity), config, device)
+            keys = {"arch": arch, "quantity": quantity, "device": name}
+            keys |= {column: settings.iloc[0][column] for column in ("dtype", "prefill_logits")}
             models.append(keys | row)
             predictions.append(predicted)
     if not usable:

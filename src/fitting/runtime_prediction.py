@@ -1,4 +1,11 @@
-"""Times that a fitted runtime model predicts for a model of any shape, batch and length."""
+"""Times that a fitted runtime model predicts for a model of any shape, batch and length.
+
+All of it is `_times`: the counts of `Work` (accounting/work.py: ``prefill_work``, ``step_work``), the number of blocks
+and the batch size, and of the row of ``runtime_model`` its ``norm_p`` and the constants of
+``runtime_tables.PARAMETERS``, of which NaN or nothing means that the term costs nothing. The formula is that of
+`runtime_model`'s docstring, with `memory_share` (accounting/caches.py) for what the cache spares; its terms are
+computed in ``runtime_solver._forward``.
+"""
 
 from __future__ import annotations
 

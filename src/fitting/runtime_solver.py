@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from xlstm_scaling.accounting.caches import EDGE, memory_share
+
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-#: one cost each: of a FLOP, a byte or a score [s]; ``wait`` is a number of streams; the last four are overheads [s]
+#: one cost each: of a FLOP, a byte or a score [s]; ``wait`` is a number of streams, ``cache`` one of bytes; the last
+#: four are overheads [s]
 TERMS = (
-    *("linear_flops", "weight_bytes", "mixing_flops", "scores", "state_bytes", "wait", "activation_bytes"),
+    *("linear_flops", "weight_bytes", "mixing_flops", "scores", "state_bytes", "wait", "cache", "activation_bytes"),
     *("constant", "block", "batched_block", "sequence"),
 )
 LINEAR = slice(0, 2)
 MIXING = slice(2, 5)
-WAIT = TERMS.index("wait")
-REST = slice(6, len(TERMS))
+WAIT, CACHE = TERMS.index("wait"), TERMS.index("cache")
+WEIGHT, STATE = TERMS.index("weight_bytes"), TERMS.index("state_bytes")
+REST = slice(7, len(TERMS))
+#: terms that stretch or shorten others instead of adding to the time
+FACTORS = (WAIT, CACHE)
 #: costs run between these multiples of the cost that alone would explain the median time
 BOUNDS = (np.log(1e-7), np.log(1e3))
-#: starts: the wait, in medians of 1 / streams, and the share of the time of a term that least squares leaves out
+#: starts: the wait in medians of the streams, the cache in medians of the bytes of a call, and the share of the time of
+#: a term that least squares leaves out
 START_WAITS = (0.1, 1.0, 10.0)
+START_CACHES = (0.3, 3.0)
 START_SHARE = 0.02
 NUM_SCATTERED = 9
 #: all starts go this many steps, the best of them to the end
@@ -37,19 +46,29 @@ NO_ERROR = 1e-12  # objective of a fit without residuals
 @dataclass(frozen=True)
 class Design:
     """n measurements: ``terms`` (n, K) are the counts of `TERMS`, each over its ``scale`` (K,), so that a cost of 1 in
-    any one term explains the median time (``wait``: doubles the mixing at the median of the streams); ``log_time`` (n,)
-    is ln t [s]; ``least`` (K,) are the least log costs that are allowed."""
+    any one term explains the median time (``wait``: doubles the mixing at the median of the streams; ``cache``: holds
+    the median of a call's bytes); ``log_time`` (n,) is ln t [s]; ``least`` and ``most`` (K,) are the least and the
+    largest log costs that are allowed."""
 
     terms: Array
     scale: Array
     log_time: Array
     norm_p: float
     least: Array
+    most: Array
 
     @classmethod
-    def of(cls, counts: Array, time_s: Array, norm_p: float, peaks: Array | None = None) -> Design:
-        """counts (n, K) in the order of `TERMS`; a term that is 0 throughout cannot be fitted; peaks (K,): of rates."""
-        over = np.where(np.arange(len(TERMS)) == WAIT, 1.0, time_s[:, None])
+    def of(
+        cls,
+        counts: Array,
+        time_s: Array,
+        norm_p: float,
+        peaks: Array | None = None,
+        cache_bytes: tuple[float, float] | None = None,
+    ) -> Design:
+        """counts (n, K) in the order of `TERMS`; a term that is 0 throughout cannot be fitted; peaks (K,): of rates;
+        cache_bytes: what the cache holds at least and at most."""
+        over = np.where(np.isin(np.arange(len(TERMS)), FACTORS), 1.0, time_s[:, None])
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(counts > 0, np.log(counts) - np.log(over), np.nan)
         present = (counts > 0).any(axis=0)
@@ -59,18 +78,27 @@ class Design:
         if peaks is not None:
             known = np.isfinite(peaks)
             least[known] = np.maximum(BOUNDS[0], np.log(scale[known] / peaks[known]))
-        return cls(counts / scale, scale, np.log(time_s), norm_p, least)
+        most = np.full(len(TERMS), BOUNDS[1])
+        if cache_bytes is not None:
+            least[CACHE], most[CACHE] = np.log(np.array(cache_bytes) * scale[CACHE])
+        return cls(counts / scale, scale, np.log(time_s), norm_p, least, most)
 
     def subset(self, keep: Mask) -> Design:
         """The measurements of a mask (n,), in the same scale."""
         return replace(self, terms=self.terms[keep], log_time=self.log_time[keep])
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether it is known what the cache holds."""
+        return bool(self.most[CACHE] < BOUNDS[1])
+
     def at_peak(self, theta: Array) -> Mask:
-        """Which terms (K,) have the least cost that a data sheet allows."""
-        return (self.least > BOUNDS[0]) & np.isfinite(theta) & (theta < self.least + 1e-6)
+        """Which rates (K,) are at the peak of the device."""
+        rate = ~np.isin(np.arange(len(TERMS)), FACTORS)
+        return rate & (self.least > BOUNDS[0]) & np.isfinite(theta) & (theta < self.least + 1e-6)
 
     def costs(self, theta: Array) -> Array:
-        """theta (..., K) -> cost of a unit of each term [s], of ``wait`` a number of streams."""
+        """theta (..., K) -> cost of a unit of each term [s], of ``wait`` a number of streams, of ``cache`` bytes."""
         return np.exp(theta) / self.scale
 
     def predict_costs(self, costs: Array) -> Array:
@@ -97,6 +125,9 @@ def predict(counts: Array, costs: Array, norm_p: float) -> Array:
 def _forward(terms: Array, norm_p: float, theta: Array) -> tuple[Array, Array]:
     """theta (S, K) -> ln t̂ (S, n) and ∂ ln t̂ / ∂ theta (S, n, K)."""
     part = np.exp(theta)[:, None, :] * terms
+    missed = memory_share(part[..., CACHE])
+    part[..., WEIGHT] *= missed
+    part[..., STATE] *= missed
     larger = np.maximum(part[..., LINEAR].max(-1), np.finfo(float).tiny)
     power = (part[..., LINEAR] / larger[..., None]) ** norm_p
     total_power = power.sum(-1)
@@ -109,6 +140,7 @@ def _forward(terms: Array, norm_p: float, theta: Array) -> tuple[Array, Array]:
     mixing = part[..., MIXING].sum(-1)
     total = np.maximum(roof + mixing + part[..., REST].sum(-1), np.finfo(float).tiny)
     part[..., WAIT] = mixing * delay / (1 + delay)
+    part[..., CACHE] = -EDGE * (1 - missed) * (part[..., WEIGHT] + part[..., STATE])
     return np.log(total), part / total[..., None]
 
 
@@ -126,7 +158,7 @@ def _descend(
     design: Design, theta: Array, counts: Array, active: Mask, delta: float, iterations: int = MAX_ITERATIONS
 ) -> tuple[Array, Array]:
     """Levenberg-Marquardt on reweighted squares: theta (S, K), counts (S, n) -> theta, objective (S,)."""
-    theta, K, lower = theta.copy(), int(active.sum()), design.least[active]
+    theta, K, lower, upper = theta.copy(), int(active.sum()), design.least[active], design.most[active]
     prediction, jacobian = _forward(design.terms, design.norm_p, theta)
     residual, jacobian = prediction - design.log_time, jacobian[..., active]
     objective = (counts * _huber(residual, delta)).sum(-1)
@@ -141,14 +173,14 @@ def _descend(
         hessian = weighted @ jacobian[s]
         gradient = (weighted @ residual[s][..., None])[..., 0]
         here = theta[s][:, active]
-        pinned = (here <= lower) & (gradient > 0) | (here >= BOUNDS[1]) & (gradient < 0)  # at a bound, and bound there
+        pinned = (here <= lower) & (gradient > 0) | (here >= upper) & (gradient < 0)  # at a bound, and bound there
         gradient = np.where(pinned, 0.0, gradient)
         hessian = np.where(pinned[:, :, None] | pinned[:, None, :], 0.0, hessian)
         diagonal = np.einsum("sii->si", hessian)
         ridge = damping[s, None] * (diagonal + 1e-6 * diagonal.max(-1, keepdims=True) + 1e-12) + 1e-14
         step = -np.linalg.solve(hessian + ridge[:, :, None] * np.eye(K), gradient[..., None])[..., 0]
         trial = theta[s]
-        trial[:, active] = np.clip(trial[:, active] + np.clip(step, -MAX_STEP, MAX_STEP), lower, BOUNDS[1])
+        trial[:, active] = np.clip(trial[:, active] + np.clip(step, -MAX_STEP, MAX_STEP), lower, upper)
         trial_prediction, trial_jacobian = _forward(design.terms, design.norm_p, trial)
         trial_residual = trial_prediction - design.log_time
         trial_objective = (counts[s] * _huber(trial_residual, delta)).sum(-1)
@@ -165,24 +197,27 @@ def _descend(
 
 
 def _starts(design: Design, active: Mask) -> Array:
-    """Log costs (S, K) to start from: least relative squares of the sum of all terms, at several waits; and around."""
+    """Log costs (S, K) to start from: least relative squares of the sum of all terms, at several waits and caches; and
+    around."""
     waits = np.log(START_WAITS) if active[WAIT] else [-np.inf]
-    summed = np.flatnonzero(active & (np.arange(len(TERMS)) != WAIT))
+    caches = np.clip(np.log(START_CACHES), design.least[CACHE], design.most[CACHE]) if active[CACHE] else [-np.inf]
+    summed = np.flatnonzero(active & ~np.isin(np.arange(len(TERMS)), FACTORS))
     found = []
-    for wait in waits:
+    for wait, cache in itertools.product(waits, caches):
         columns = design.terms.copy()
         columns[:, MIXING] *= 1 + np.exp(wait) * columns[:, [WAIT]]
+        columns[:, [WEIGHT, STATE]] *= memory_share(np.exp(cache) * columns[:, [CACHE]])
         relative = columns[:, summed] * np.exp(-design.log_time)[:, None]
         cost, _ = nnls(relative / np.abs(relative).max(axis=0), np.ones(len(relative)))
         cost /= np.abs(relative).max(axis=0)
         theta = np.full(len(TERMS), -np.inf)
         least = START_SHARE / np.maximum(relative.max(axis=0), 1e-300)
         theta[summed] = np.log(np.maximum(cost, least))
-        theta[WAIT] = wait
+        theta[WAIT], theta[CACHE] = wait, cache
         found.append(theta)
     generator = np.random.default_rng(0)
     scattered = [found[k % len(found)] + generator.normal(0, 1, len(TERMS)) for k in range(NUM_SCATTERED)]
-    return np.clip(np.array(found + scattered), np.where(active, design.least, -np.inf), BOUNDS[1])
+    return np.clip(np.array(found + scattered), np.where(active, design.least, -np.inf), design.most)
 
 
 def solve(

@@ -25,6 +25,7 @@ PARAMETERS = {
     "scores": "scores_per_s",
     "state_bytes": "state_bytes_per_s",
     "wait": "parallel_streams",
+    "cache": "cache_bytes",
     "activation_bytes": "activation_bytes_per_s",
     "constant": "overhead_s",
     "block": "overhead_per_block_s",
@@ -33,6 +34,8 @@ PARAMETERS = {
 }
 #: constants that are the inverse of their cost
 RATES = tuple(term for term in TERMS if PARAMETERS[term].endswith("_per_s"))
+#: a rate may be so many times what a probe saw, and the cache so many times larger or smaller
+PROBE_MARGIN, CACHE_MARGIN = 1.1, 2.0
 #: columns of the table of measurements, after ``ttft_`` or ``step_time_``
 COUNTS = ("linear_flops", "weight_bytes", "mixing_flops", "scores", "state_bytes", "streams", "activation_bytes")
 SETTINGS = ("dtype", "num_threads", "prefill_logits")
@@ -42,7 +45,7 @@ TEXT = ("arch", "quantity", "device", "dtype", "prefill_logits", "status", "deta
 MODEL_COLUMNS = (
     *("arch", "quantity", "device", "dtype", "prefill_logits", "norm_p"),
     *(f"{PARAMETERS[term]}{end}" for term in TERMS for end in ("", "_lo", "_hi")),
-    *("mape_fit", "mape_held_out", "num_measurements"),
+    *("mape_fit", "mape_held_out", "mape_noise", "num_measurements"),
     *(f"{name}_{end}" for name in RANGES for end in ("min", "max")),
     *("status", "detail"),
 )
@@ -64,8 +67,9 @@ def constants(costs: Array) -> dict[str, float]:
 
 
 def costs_of(row: Mapping[str, Any]) -> Array:
-    """The costs (K,) of a row of ``runtime_model``; the inverse of `constants`."""
-    values = np.array([float(row[PARAMETERS[term]]) for term in TERMS])
+    """The costs (K,) of a row of ``runtime_model``; the inverse of `constants`. A constant that the row lacks (of a
+    table from before there was such a one) is none."""
+    values = np.array([float(row.get(PARAMETERS[term], np.nan)) for term in TERMS])
     rate = np.array([term in RATES for term in TERMS])
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(np.where(rate, 1.0 / values, values), nan=0.0, posinf=0.0)
@@ -77,19 +81,39 @@ def term_counts(counts: Mapping[str, Any], num_blocks: Any, batch_size: Any) -> 
     columns = {name: counts[name] for name in COUNTS if name != "streams"}
     columns |= {"wait": 1.0 / np.asarray(counts["streams"], dtype=np.float64), "constant": 1.0, "block": num_blocks}
     columns |= {"batched_block": num_blocks * (batch > 1), "sequence": batch}
+    columns["cache"] = 1.0 / (np.asarray(counts["weight_bytes"]) + np.asarray(counts["state_bytes"]))
     return np.stack(np.broadcast_arrays(*(np.asarray(columns[term], dtype=np.float64) for term in TERMS)), axis=-1)
 
 
-def peak_rates(device: str, dtype: str) -> Array:
-    """The data sheet's peaks (K,) of the rates of a device; infinite of what it does not say, or of unknown devices."""
-    peaks = np.full(len(TERMS), np.inf)
-    if (known := find_device(device)) is not None and dtype in ("bfloat16", "float16", "float32"):
-        for k, term in enumerate(TERMS):
-            if term.endswith("_flops"):
-                peaks[k] = known.flops_per_s(dtype)
-            elif term.endswith("_bytes"):
-                peaks[k] = known.bytes_per_s
-    return peaks
+def device_limits(device: str, dtype: str, probed: pd.DataFrame | None = None) -> dict[str, tuple[float, float]]:
+    """What is known of a device before any model ran on it, each (least, largest): ``flops_per_s``, ``bytes_per_s``,
+    and ``cache_bytes``, what its last cache holds.
+
+    By its data sheet (``accounting.hardware``), else by the table ``device`` of a probe: no rate is above the best of
+    its upper quartiles by more than `PROBE_MARGIN`, and the cache is that of the probe within a factor of
+    `CACHE_MARGIN`: other virtual machines may share it. What neither says is not there.
+    """
+    if (sheet := find_device(device)) is not None and dtype in ("bfloat16", "float16", "float32"):
+        cache = {"cache_bytes": (sheet.cache_bytes / CACHE_MARGIN, sheet.cache_bytes)}
+        cache = cache if np.isfinite(sheet.cache_bytes) else {}
+        return {"flops_per_s": (0.0, sheet.flops_per_s(dtype)), "bytes_per_s": (0.0, sheet.bytes_per_s)} | cache
+    if probed is None:
+        return {}
+    mine = probed[(probed["device"] == device) & (probed["dtype"] == dtype)]
+    limits = {}
+    for quantity, rows in mine.groupby("quantity"):
+        if quantity in ("flops_per_s", "bytes_per_s"):
+            limits[str(quantity)] = (0.0, PROBE_MARGIN * float(rows["value_hi"].max()))
+        elif quantity == "cache_bytes":
+            value = float(rows["value"].iloc[0])
+            limits["cache_bytes"] = (value / CACHE_MARGIN, value * CACHE_MARGIN)
+    return limits
+
+
+def peak_rates(limits: Mapping[str, tuple[float, float]]) -> Array:
+    """The largest rates (K,) that `device_limits` allow; infinite where they do not say."""
+    ends = [f"{term.split('_')[-1]}_per_s" for term in TERMS]
+    return np.array([limits[end][1] if end in limits else np.inf for end in ends])
 
 
 def check_measurements(measurements: pd.DataFrame, config: Mapping[str, Any]) -> None:
@@ -114,6 +138,21 @@ def usable_rows(group: pd.DataFrame, quantity: str) -> pd.DataFrame:
     if kind == "ttft":
         good &= (group["prefill_length"] > 0).to_numpy(dtype=bool)
     return group[good].sort_values(["num_params", "batch_size", "prefill_length", "model"], kind="stable")
+
+
+def noise(rows: pd.DataFrame, quantity: str) -> float:
+    """Mean absolute relative error of medians of repeats, by the spread of the repeats alone; NaN where none is known.
+
+    Of normal errors: quartiles are 1.349 σ apart, the median of n has the error 1.2533 σ / √n (large n), and a mean
+    absolute error is √(2/π) of it. Repeats that share a drift of the machine have more.
+    """
+    columns = [f"{quantity}_s", f"{quantity}_s_lo", f"{quantity}_s_hi", "repeats"]
+    if not set(columns) <= set(rows.columns):
+        return float("nan")
+    median, lo, hi, repeats = (rows[column].to_numpy(dtype=np.float64, na_value=np.nan) for column in columns)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.sqrt(2 / np.pi) * 1.2533 * (hi - lo) / 1.349 / median / np.sqrt(repeats)
+    return float(np.nanmean(error)) if np.isfinite(error).any() else float("nan")
 
 
 def has_second_version(group: pd.DataFrame) -> bool:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from xlstm_scaling.accounting import CONVENTIONS, ModelShape, training_flops
+from xlstm_scaling.accounting import CONVENTIONS, shape_of_row, training_flops
+from xlstm_scaling.accounting.shapes import DIMENSIONS
 
 from .isoflop import fit_isoflop
 from .power_law import fit_power_laws
@@ -14,7 +14,6 @@ from .tables import make_table
 
 #: how often a run stands in the authors' tables (docs/published.md)
 MULTIPLICITY = "notebook_multiplicity"
-_SHAPE = ("embedding_dim", "num_blocks", "num_heads", "head_dim_qk", "head_dim_v", "ffn_dim", "vocab_size")
 _RECIPE = ("global_batch_size_sequences", "num_train_steps")
 
 
@@ -50,7 +49,7 @@ def _variants(
 ) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
     members = runs[(runs["experiment_set"] == "isoflop") & runs["isoflop_tag"].notna()]
     cell = ["arch", "context_length", "isoflop_tag"]
-    known = {*_SHAPE, *_RECIPE} <= set(runs.columns) and members[[*_SHAPE, *_RECIPE]].notna().all(axis=None)
+    known = {*DIMENSIONS, *_RECIPE} <= set(runs.columns) and members[[*DIMENSIONS, *_RECIPE]].notna().all(axis=None)
     for convention in CONVENTIONS if known and len(members) else ():
         if convention == "paper":
             continue
@@ -70,9 +69,5 @@ def _variants(
 
 def _flops(run: Any, convention: str) -> float:
     """FLOPs of a training run under a convention."""
-    chunk = getattr(run, "chunk_size", np.nan)
-    sizes = {name: int(getattr(run, name)) for name in _SHAPE}
-    if run.arch == "xlstm" and np.isfinite(chunk):
-        sizes["chunk_size"] = int(chunk)
     recipe = (int(getattr(run, name)) for name in _RECIPE)
-    return training_flops(ModelShape(arch=run.arch, **sizes), int(run.context_length), *recipe, convention)
+    return training_flops(shape_of_row(run._asdict()), int(run.context_length), *recipe, convention)

@@ -43,7 +43,7 @@ COLUMNS: dict[str, list[str]] = {
     ),
     "overtraining": _columns("arch context_length ratio_tag slope± intercept num_runs status detail"),
     "pareto": _columns("arch context_length run_id num_flops num_params num_tokens val_loss"),
-    "pareto_ratio": _columns("context_length val_loss flops_xlstm flops_transformer flop_ratio± status"),
+    "pareto_ratio": _columns("arch other context_length val_loss flops flops_other flop_ratio± status"),
     "envelope": _columns("arch context_length variable log10_coefficient exponent± num_points status detail"),
     "sensitivity": _columns("arch context_length variable variant exponent± num_points status detail"),
     "forecasts": _columns(

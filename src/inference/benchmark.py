@@ -6,7 +6,7 @@ import contextlib
 import functools
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from xlstm_scaling.accounting import ModelShape, count_params, make_shape
+from xlstm_scaling.accounting import ModelShape, count_params, dtype_bytes, make_shape, weight_bytes
 from xlstm_scaling.inference.cells import BenchmarkModel, Cell, predicted_memory
 from xlstm_scaling.inference.energy import LEAST_READINGS, Nvml, Rapl, per_token_j
 from xlstm_scaling.inference.probe import probe_device
@@ -37,6 +37,10 @@ MEASURED_CODE = (
 )
 
 
+#: bytes of weights from which on building a model takes longer than a round: it is measured in one process, not in rounds
+LARGE_BYTES = 2**30
+
+
 class BenchmarkError(RuntimeError):
     """Not one cell could be measured; the message says why."""
 
@@ -47,28 +51,35 @@ def untrained_models(
     vocab_size: int,
     chunk_size: int = 64,
     model_options: Mapping[str, Mapping[str, Any]] | None = None,
+    shape_options: Mapping[str, Mapping[str, Any]] | None = None,
+    head_rule: Callable[[str, int], int] | None = None,
 ) -> list[BenchmarkModel]:
     """Models of given sizes with random weights: how long a token takes does not depend on what was learned.
 
     Args:
-        sizes: name → embedding_dim, num_blocks, num_heads (architecture → number of heads; others are left out), or
-            None for a size that is left out.
+        sizes: name → embedding_dim, num_blocks, num_heads (architecture → number of heads), or None for a size that is
+            left out.
         architectures: architectures to build.
         vocab_size: of all models [tokens].
         chunk_size: mLSTM chunk that FLOPs and bytes are counted at [tokens].
         model_options: architecture → options of ``build_model``.
+        shape_options: architecture → options of its shapes (``make_shape``).
+        head_rule: (architecture, embedding_dim) → heads of an architecture that a size does not name; without it, such
+            an architecture is left out.
 
     Raises:
         ValueError: an unknown architecture or dimensions that do not divide.
     """
     models = []
     for arch in architectures:
-        options = dict((model_options or {}).get(arch, {}))
+        options, free = dict((model_options or {}).get(arch, {})), (shape_options or {}).get(arch, {})
         for name, size in sizes.items():
-            if size is None or arch not in size["num_heads"]:
+            heads = None if size is None else size["num_heads"].get(arch)
+            if size is not None and heads is None and head_rule is not None:
+                heads = head_rule(arch, size["embedding_dim"])
+            if heads is None:
                 continue
-            heads = size["num_heads"][arch]
-            shape = make_shape(arch, size["embedding_dim"], size["num_blocks"], heads, vocab_size, chunk_size)
+            shape = make_shape(arch, size["embedding_dim"], size["num_blocks"], heads, vocab_size, chunk_size, **free)
             build = _Build(shape, options)
             models.append(BenchmarkModel(f"{arch}-{name}", arch, shape, trained=False, build=build))
     return models
@@ -105,6 +116,11 @@ def device_name(device: str = "cpu") -> str:
     return platform.processor() or platform.machine()
 
 
+def share_done(cell: Cell, repeats: int) -> float:
+    """Share of a cell's rounds that are done."""
+    return 1.0 if cell.complete(repeats) else len(cell.ttft_s) / (repeats * cell.round_passes)
+
+
 def check(config: Mapping[str, Any], name: str = "inference") -> None:
     """Raise ValueError for a setting outside its range, by its name."""
     for key in ("generate_steps", "repeats", "num_threads"):
@@ -120,6 +136,8 @@ def check(config: Mapping[str, Any], name: str = "inference") -> None:
     chunk = config.get("prefill_chunk")
     if chunk is not None and int(chunk) < 1:
         raise ValueError(f"{name}.prefill_chunk must be at least 1 token, or null for all at once, got {chunk}")
+    if not float(config.get("round_s") or 0.0) >= 0:
+        raise ValueError(f"{name}.round_s must not be negative, got {config['round_s']}")
     if not float(config["max_cell_s"]) > 0:
         raise ValueError(f"{name}.max_cell_s must be positive, got {config['max_cell_s']}")
 
@@ -174,11 +192,12 @@ def measure(
     progress: bool = True,
     name: str = "measurements",
 ) -> pd.DataFrame:
-    """Measure every model over ``prefill_lengths`` × ``batch_sizes``, each in a process of its own.
+    """Measure every model over ``prefill_lengths`` × ``batch_sizes``, each in a process of its own, in rounds over all
+    models: the speed of a machine drifts, and must not look like a property of a size.
 
     A pass allocates an empty state, reads the prompt (random ids, ``prefill_chunk`` of them at a time), takes the most
-    likely token, and decodes ``generate_steps`` tokens. Per cell: ``warmup`` discarded passes, ``repeats`` measured
-    ones; time to first token is the median over passes, step time the median over all decode steps of all passes;
+    likely token, and decodes ``generate_steps`` tokens. Per cell: ``warmup`` discarded passes, then ``repeats`` rounds
+    of one measured pass, or of as many as ``round_s`` allows; time to first token is the median over passes, step time the median over all decode steps of all passes;
     ``_lo``, ``_hi`` are quartiles. Peak memory: see ``timing.pass_memory``. A cell that would take longer than
     ``max_cell_s`` is ``skipped``, one whose memory does not suffice, by prediction or in fact, ``out_of_memory``;
     longer prefills and larger batches are then not tried. One whose process fails is ``failed``, and tried again by
@@ -187,7 +206,8 @@ def measure(
     Args:
         models: what to measure.
         config: group ``inference`` of the configuration (prefill_lengths, batch_sizes, generate_steps, repeats, warmup,
-            max_cell_s, num_threads, dtype; device, cpu by default; prefill_chunk, null by default).
+            max_cell_s, num_threads, dtype; device, cpu by default; prefill_chunk, null by default; round_s, 0 by
+            default).
         out_dir: folder of ``<name>.parquet``, ``.csv`` and ``.jsonl``. Every measured pass goes into the last at once;
             what it holds already (same model, settings, device, code) is not measured again.
         progress: whether a bar on stderr names the cell.
@@ -207,29 +227,32 @@ def measure(
     dtype = resolve_compute_dtype(str(config["dtype"]), where)
     settings = {key: config[key] for key in ("generate_steps", "repeats", "warmup", "max_cell_s", "num_threads")}
     settings |= {"prefill_chunk": config.get("prefill_chunk"), "dtype": dtype, "device": device_name(where)}
+    settings["round_s"] = float(config.get("round_s") or 0.0)
     records, repeats = Records(Path(out_dir) / f"{name}.jsonl"), int(config["repeats"])
     grid = [(batch, length) for batch in sorted(config["batch_sizes"]) for length in sorted(config["prefill_lengths"])]
-    rows: list[dict[str, Any]] = []
+    plan: list[tuple[BenchmarkModel, list[Cell]]] = []
+    for entry in models:
+        about = {"model": entry.name, "trained": entry.trained, "shape": entry.shape.as_dict(), **settings}
+        about["code"] = code_digest()
+        cells = [Cell(batch, length, digest(about | {"cell": [batch, length]})) for batch, length in grid]
+        plan.append((entry, [records.find(cell) for cell in cells]))
     bar = tqdm(total=len(models) * len(grid), unit="cell", file=sys.stderr, disable=not progress, mininterval=0.5)
     with bar:
-        for entry in models:
-            about = {"model": entry.name, "trained": entry.trained, "shape": entry.shape.as_dict(), **settings}
-            about["code"] = code_digest()
-            cells = [Cell(batch, length, digest(about | {"cell": [batch, length]})) for batch, length in grid]
-            cells = [records.find(cell) for cell in cells]
-            bar.update(sum(cell.complete(repeats) for cell in cells))
+        for rounds in range(1, repeats + 1):
+            for entry, cells in plan:
 
-            def begin(cell: Cell, entry: BenchmarkModel = entry) -> None:
-                bar.set_description(
-                    f"{entry.name} batch {cell.batch_size} prefill {cell.prefill_length}", refresh=False
-                )
+                def begin(cell: Cell, entry: BenchmarkModel = entry, rounds: int = rounds) -> None:
+                    what = f"round {rounds}: {entry.name} batch {cell.batch_size} prefill {cell.prefill_length}"
+                    bar.set_description(what, refresh=False)
 
-            def changed(cell: Cell) -> None:
-                records.keep(cell)
-                bar.update(cell.complete(repeats))
+                def changed(cell: Cell) -> None:
+                    records.keep(cell)
+                    bar.n = sum(share_done(cell, repeats) for _, cells in plan for cell in cells)
+                    bar.update(0)
 
-            measure_model(entry, {**config, **settings, "device": where}, where, cells, begin, changed)
-            rows += [_row(entry, cell, settings) for cell in cells]
+                until = repeats if weight_bytes(entry.shape, dtype_bytes(dtype)) > LARGE_BYTES else rounds
+                measure_model(entry, {**config, **settings, "device": where}, where, cells, until, begin, changed)
+    rows = [_row(entry, cell, settings) for entry, cells in plan for cell in cells]
     table = finish_table(rows)
     if (table["status"] == "failed").all():
         raise BenchmarkError(f"not one cell could be measured: {'; '.join(sorted(set(table['detail'])))}")

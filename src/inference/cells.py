@@ -13,7 +13,8 @@ import torch
 
 from xlstm_scaling.accounting import ModelShape, prefill_flops
 from xlstm_scaling.accounting.inference_memory import inference_memory
-from xlstm_scaling.accounting.memory import FP32, HEADROOM
+from xlstm_scaling.accounting.layout import FP32
+from xlstm_scaling.accounting.memory import HEADROOM
 from xlstm_scaling.inference.counts import DTYPE_BYTES
 from xlstm_scaling.inference.energy import EnergyMeter, find_meter
 from xlstm_scaling.inference.timing import (
@@ -27,9 +28,13 @@ from xlstm_scaling.inference.timing import (
 from xlstm_scaling.models import LanguageModel
 
 #: a cell is skipped unseen when its predicted time exceeds the limit by this factor
-PREDICTION_MARGIN = 2.0
+PREDICTION_MARGIN = 1.25
+#: a first pass that is too slow by no more than this factor may have met a hiccup of the machine, and is tried again
+HICCUP = 1.5
 #: tokens of the pass that loads libraries and starts threads before anything is measured
 FIRST_TOKENS = 8
+#: passes of a cell in one round, at most: what is kept of them must stay small
+MOST_ROUND_PASSES = 8
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class BenchmarkModel:
 class Cell:
     """One batch size and prefill length of one model, and what was measured of it so far.
 
-    ``status``: ``ok``, ``out_of_memory``, ``skipped`` or ``failed``. ``pass_s``: a warm-up pass. ``others``: share of
-    all CPUs that other processes used, a pass.
+    ``status``: ``ok``, ``out_of_memory``, ``skipped`` or ``failed``. ``pass_s``: a warm-up pass. ``round_passes``: one
+    after another in each round of repeats. ``others``: share of all CPUs that other processes used, a pass.
     """
 
     batch_size: int
@@ -58,6 +63,7 @@ class Cell:
     status: str = "ok"
     detail: str = ""
     pass_s: float | None = None
+    round_passes: int = 1
     peak_memory_bytes: float | None = None
     extra_memory_bytes: float = 0.0
     ttft_s: list[float] = field(default_factory=list)
@@ -68,9 +74,9 @@ class Cell:
     energy_source: str = ""
     energy_detail: str = ""
 
-    def complete(self, repeats: int) -> bool:
-        """Whether nothing of it is left to do."""
-        return self.status != "ok" or len(self.ttft_s) >= repeats
+    def complete(self, rounds: int) -> bool:
+        """Whether nothing of it is left to do in so many rounds."""
+        return self.status != "ok" or len(self.ttft_s) >= rounds * self.round_passes
 
     def give_up(self, status: str, detail: str) -> None:
         self.status, self.detail = status, detail
@@ -151,8 +157,8 @@ def _needed(shape: ModelShape, cell: Cell, config: Mapping[str, Any]) -> float:
 
 
 class ModelRun:
-    """All cells of one model: a warm-up of each, then the repeats in rounds over the cells, so that a drift of the
-    machine meets all of them alike. Cells may have been measured in part."""
+    """Cells of one model: a warm-up of each that was not measured yet, then rounds over all of them; of a cell whose
+    passes are short, many in a row. Cells may have been measured in part."""
 
     def __init__(
         self,
@@ -160,14 +166,15 @@ class ModelRun:
         config: Mapping[str, Any],
         device: str,
         cells: list[Cell],
+        rounds: int,
         begin: Callable[[Cell], None],
         changed: Callable[[Cell], None],
     ) -> None:
-        """``begin`` gets each cell before it is worked on, ``changed`` whenever something of it was measured."""
+        """``rounds``: how many every cell is to have in the end. ``begin`` gets each cell before it is worked on, ``changed`` whenever something of it was measured."""
         self.entry, self.config, self.device, self.cells = entry, config, device, cells
         self.begin, self.changed = begin, changed
-        self.steps, self.repeats = int(config["generate_steps"]), int(config["repeats"])
-        self.passes = self.repeats + int(config["warmup"])
+        self.steps, self.rounds = int(config["generate_steps"]), rounds
+        self.passes = int(config["repeats"]) + int(config["warmup"])
         self.chunk = config.get("prefill_chunk")
         self.model: LanguageModel | None = None
         self.meter: EnergyMeter | None = None
@@ -207,23 +214,21 @@ class ModelRun:
         self.meter, self.no_meter = find_meter(self.device)
         tried: list[Cell] = []
         for cell in self.cells:  # by batch size, then prefill length
-            if not cell.complete(self.repeats):
+            if cell.status == "ok" and not cell.ttft_s:
                 self.begin(cell)
-                # what was measured of it before an interruption says that it can be
-                known = cell.pass_s is not None and bool(cell.ttft_s)
-                if known or expect(cell, tried, self.entry.shape, self.config, available_bytes(self.device)):
+                if expect(cell, tried, self.entry.shape, self.config, available_bytes(self.device)):
                     self.warm_up(cell)
                 self.changed(cell)
             tried.append(cell)
-        for repeat in range(self.repeats):
+        for rounds in range(1, self.rounds + 1):
             for cell in self._left():
-                if len(cell.ttft_s) == repeat:
+                if not cell.complete(rounds):
                     self.begin(cell)
-                    self._guard(cell, lambda cell=cell: self._repeat(cell))
+                    self._guard(cell, lambda cell=cell, rounds=rounds: self._round(cell, rounds))
                     self.changed(cell)
 
     def _left(self) -> list[Cell]:
-        return [cell for cell in self.cells if not cell.complete(self.repeats)]
+        return [cell for cell in self.cells if not cell.complete(self.rounds)]
 
     def _guard(self, cell: Cell, work: Callable[[], None]) -> None:
         try:
@@ -241,15 +246,21 @@ class ModelRun:
             prompt = self._prompt(cell.batch_size, cell.prefill_length)
             for _ in range(int(self.config["warmup"])):
                 cell.pass_s, peak = pass_memory(self.model, prompt, self.steps, self.chunk)
-                if limit / self.passes < cell.pass_s < limit:  # a hiccup of the machine, or really slow?
+                if 1 < cell.pass_s * self.passes / limit < HICCUP:
                     cell.pass_s = min(cell.pass_s, pass_memory(self.model, prompt, self.steps, self.chunk)[0])
                 cell.peak_memory_bytes, cell.extra_memory_bytes = peak, peak - parameters
                 if cell.pass_s * self.passes > limit:
                     text = f"one pass took {cell.pass_s:.3g} s, {self.passes} exceed max_cell_s = {limit:g} s"
                     cell.give_up("skipped", text)
                     return
+            fitting = int(float(self.config.get("round_s") or 0.0) / cell.pass_s)
+            cell.round_passes = min(max(1, fitting), MOST_ROUND_PASSES)
 
         self._guard(cell, work)
+
+    def _round(self, cell: Cell, rounds: int) -> None:
+        while not cell.complete(rounds):
+            self._repeat(cell)
 
     def _repeat(self, cell: Cell) -> None:
         prompt, load, readings = self._prompt(cell.batch_size, cell.prefill_length), Load(), []

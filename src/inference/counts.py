@@ -7,9 +7,9 @@ from dataclasses import fields
 
 import pandas as pd
 
-from xlstm_scaling.accounting import DTYPE_BYTES, ModelShape, Work, dtype_bytes, prefill_work, step_work
+from xlstm_scaling.accounting import DTYPE_BYTES, Work, dtype_bytes, prefill_work, shape_of_row, step_work
 
-__all__ = ["COUNTS", "COUNT_COLUMNS", "DTYPE_BYTES", "add_counts", "row_shape"]
+__all__ = ["COUNTS", "COUNT_COLUMNS", "DTYPE_BYTES", "add_counts"]
 
 COUNTS = (*(field.name for field in fields(Work)), "flops", "bytes")
 COUNT_COLUMNS = tuple(f"{quantity}_{name}" for quantity in ("ttft", "step_time") for name in COUNTS)
@@ -17,15 +17,8 @@ COUNT_COLUMNS = tuple(f"{quantity}_{name}" for quantity in ("ttft", "step_time")
 LOGITS_COLUMN = "prefill_logits"
 
 
-def row_shape(row: pd.Series) -> ModelShape:
-    """The shape of the model of one row of ``measurements``; ``chunk_size`` may be NaN where there are no chunks."""
-    names = ("embedding_dim", "num_blocks", "num_heads", "head_dim_qk", "head_dim_v", "ffn_dim", "vocab_size")
-    chunk = None if pd.isna(row["chunk_size"]) else int(row["chunk_size"])
-    return ModelShape(arch=str(row["arch"]), chunk_size=chunk, **{name: int(row[name]) for name in names})
-
-
 def _counts(row: pd.Series, steps: int, logits: str) -> dict[str, float]:
-    shape, batch, length = row_shape(row), int(row["batch_size"]), int(row["prefill_length"])
+    shape, batch, length = shape_of_row(row), int(row["batch_size"]), int(row["prefill_length"])
     size = dtype_bytes(str(row["dtype"]))
     works = {
         "ttft": prefill_work(shape, length, batch, size, size, logits=logits),

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlstm_scaling.accounting import parts
 from xlstm_scaling.models import LanguageModel
+from xlstm_scaling.models.transformer import KVCache
 
 KINDS = ("auto", "torch", "cpp", "graph")
 #: largest difference from the model's own logits, relative to the largest of them, by dtype of activations: what rounds
@@ -47,14 +49,23 @@ class Decoder(ABC):
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"batch_size and max_length must be positive, got {batch_size} and {max_length}")
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
-        self.cached = model.shape.arch == "transformer"
         with torch.inference_mode(False):  # what it makes could not be changed elsewhere
             self.state: list[Any] = model.init_state(batch_size, max_length)
+
+    @property
+    def caches(self) -> list[KVCache]:
+        """The memories of the attention blocks."""
+        return [memory for memory in self.state if isinstance(memory, KVCache)]
+
+    @property
+    def cached(self) -> bool:
+        """Whether there is any cache, with room for ``max_length`` tokens."""
+        return any(isinstance(memory, KVCache) for memory in self.state)
 
     def start(self) -> list:
         """The decoder's own state, empty, for a prompt to be read into: give what comes back to ``take``."""
         for memory in self.state:
-            if self.cached:
+            if isinstance(memory, KVCache):
                 memory.length, memory.padding = 0, None
             else:
                 for x in memory:
@@ -69,7 +80,7 @@ class Decoder(ABC):
         if len(state) != len(self.state):
             raise ValueError(f"a state of {len(state)} blocks for a model of {len(self.state)}")
         for mine, given in zip(self.state, state):
-            if not self.cached:
+            if not isinstance(mine, KVCache):
                 if given.C.shape != mine.C.shape:
                     raise ValueError(f"a state {tuple(given.C.shape)}, the decoder's is {tuple(mine.C.shape)}")
                 for x, y in zip(mine, given):
@@ -97,7 +108,12 @@ class Decoder(ABC):
     @property
     def length(self) -> int:
         """Tokens in the cache, the padding of the longest row included; 0 in an xLSTM."""
-        return self.state[0].length if self.cached else 0
+        return self.caches[0].length if self.cached else 0
+
+    @property
+    def padding(self) -> Tensor | None:
+        """Slots before the first token of every sequence (B,), in a batch of unequal lengths; None without a cache."""
+        return self.caches[0].padding if self.cached else None
 
     def _check_room(self) -> None:
         if self.cached and self.length >= self.max_length:
@@ -113,6 +129,11 @@ class Decoder(ABC):
     def greedy(self, tokens: Tensor) -> Tensor:
         """tokens (B,) int64 -> the likeliest next tokens (B,) int64; errors as of ``step``."""
         return self.step(tokens).argmax(-1)
+
+
+def attends(model: LanguageModel) -> bool:
+    """Whether a model has a cache, of limited length."""
+    return any(part.kind.attends for part in parts(model.shape))
 
 
 class ModuleDecoder(Decoder):
@@ -165,7 +186,7 @@ def make_decoder(
         DecoderError: the kind that was asked for cannot serve this model, or does not reproduce its logits.
     """
     chosen = decoder_class(model, kind)
-    if chosen is ModuleDecoder or (model.shape.arch == "transformer" and max_length < 2):  # nothing to decode
+    if chosen is ModuleDecoder or (max_length < 2 and attends(model)):  # nothing to decode
         return ModuleDecoder(model, batch_size, max_length)
     decoder = chosen(model, batch_size, max_length, prompt_length)
     known = _verified.setdefault(model, set())

@@ -11,8 +11,9 @@ from xlstm_scaling.inference.decoder import Decoder
 from xlstm_scaling.kernels.cpp import build
 from xlstm_scaling.kernels.mlstm.state import EPS
 from xlstm_scaling.models import LanguageModel
-from xlstm_scaling.models.transformer import Transformer
-from xlstm_scaling.models.xlstm import GATE_CAP, XLSTM
+from xlstm_scaling.models.language_model import Block
+from xlstm_scaling.models.transformer import TransformerBlock
+from xlstm_scaling.models.xlstm import GATE_CAP, XLSTMBlock
 
 LIBRARY = "decode"
 #: dtypes of activations, and so of the matrices; the C++ computes in fp32
@@ -38,8 +39,8 @@ class _Model(ctypes.Structure):
     """``Model`` of decode.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("xlstm", "low", "blocks", "B", "d", "H", "d_qk", "d_v", "F", "V")),
-        *((name, ctypes.c_int64) for name in ("room", "threads")),
+        *((name, ctypes.c_int64) for name in ("low", "blocks", "B", "d", "F", "V", "room", "threads")),
+        *((name, ctypes.c_int64) for name in ("cell_H", "cell_d_qk", "cell_d_v", "heads", "head_dim")),
         *((name, ctypes.c_double) for name in ("norm_eps", "cell_eps", "gate_cap", "logit_cap")),
         *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "frequency", "block", "scratch")),
     ]
@@ -56,14 +57,15 @@ class CppDecoder(Decoder):
     @staticmethod
     def refusal(model: LanguageModel, quiet: bool = False) -> str | None:
         """Why it cannot serve a model, or None. Without ``quiet``, the compiler's message is in it."""
-        if type(model) not in (XLSTM, Transformer):
-            return f"there is no C++ for {type(model).__name__}"
+        if unknown := {type(block) for block in model.blocks} - {XLSTMBlock, TransformerBlock}:
+            return f"there is no C++ for {', '.join(sorted(kind.__name__ for kind in unknown))}"
         if model.head.weight.device.type != "cpu":
             return f"the model is on {model.head.weight.device}"
         if model.compute_dtype not in DTYPES or model.norm.weight.dtype != torch.float32:
             return f"it computes in {model.compute_dtype} with norms in {model.norm.weight.dtype}, not in fp32 or bf16"
-        if type(model) is Transformer and model.shape.head_dim_v > MAX_HEAD:
-            return f"heads have {model.shape.head_dim_v} channels, more than {MAX_HEAD}"
+        attention = _first(model, TransformerBlock)
+        if attention is not None and attention.attention.head_dim > MAX_HEAD:
+            return f"heads have {attention.attention.head_dim} channels, more than {MAX_HEAD}"
         if quiet:
             return None if build.usable(LIBRARY) else "there is no C++ library"
         try:
@@ -77,20 +79,20 @@ class CppDecoder(Decoder):
         shape, library = model.shape, build.library(LIBRARY)
         self._kept: list[Tensor] = []  # what C++ has addresses of
         self._blocks = (_Block * shape.num_blocks)(*map(self._block, model.blocks, self.state))
-        attention = model.blocks[0].attention if self.cached else None
+        heads: dict[str, int] = {}
         frequency = None
-        if attention is not None:
+        if (block := _first(model, TransformerBlock)) is not None:
+            attention = block.attention
+            heads |= {"heads": attention.heads, "head_dim": attention.head_dim}
             pairs = torch.arange(0, attention.head_dim, 2, dtype=torch.float32)
             frequency = attention.theta ** (-pairs / attention.head_dim)  # as in rotary_angles
+        if (block := _first(model, XLSTMBlock)) is not None:
+            heads |= {"cell_H": block.mlstm.heads, "cell_d_qk": block.mlstm.d_qk, "cell_d_v": block.mlstm.d_v}
         self._model = _Model(
-            xlstm=not self.cached,
             low=model.compute_dtype == torch.bfloat16,
             blocks=shape.num_blocks,
             B=batch_size,
             d=shape.embedding_dim,
-            H=shape.num_heads,
-            d_qk=shape.head_dim_qk,
-            d_v=shape.head_dim_v,
             F=shape.ffn_dim,
             V=shape.vocab_size,
             room=max_length,
@@ -104,6 +106,7 @@ class CppDecoder(Decoder):
             head=self._matrix(model.head.weight),
             frequency=None if frequency is None else self._address(frequency),
             block=ctypes.addressof(self._blocks),
+            **heads,
         )
         library.decode_scratch.restype = ctypes.c_int64
         with torch.inference_mode(False):
@@ -128,7 +131,7 @@ class CppDecoder(Decoder):
             "gate_up": self._matrix(block.ffn.gate_up.weight),
             "down": self._matrix(block.ffn.down.weight),
         }
-        if self.cached:
+        if isinstance(block, TransformerBlock):
             return _Block(
                 mixing_norm=self._address(block.attention_norm.weight),
                 qkv=self._matrix(block.attention.qkv.weight),
@@ -153,7 +156,7 @@ class CppDecoder(Decoder):
         )
 
     def _taken(self) -> None:
-        self._padding = self.state[0].padding if self.cached else None
+        self._padding = self.padding
 
     def step(self, tokens: Tensor) -> Tensor:
         self._run(tokens, None)
@@ -182,6 +185,10 @@ class CppDecoder(Decoder):
             raise ValueError(f"tokens must lie in [0, {self.model.shape.vocab_size}), got {tokens.tolist()}")
         if status:
             raise RuntimeError(f"decode_step refused ({status}): {self.length} tokens, padding {self._padding}")
-        if self.cached:
-            for memory in self.state:
-                memory.length += 1
+        for cache in self.caches:
+            cache.length += 1
+
+
+def _first(model: LanguageModel, kind: type[Block]) -> Block | None:
+    """The first block of a kind."""
+    return next((block for block in model.blocks if isinstance(block, kind)), None)

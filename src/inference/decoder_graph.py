@@ -9,6 +9,8 @@ has one graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,8 @@ from torch import Tensor
 from xlstm_scaling.inference.decoder import Decoder
 from xlstm_scaling.kernels.rotary_attention import rotate
 from xlstm_scaling.models import LanguageModel
-from xlstm_scaling.models.transformer import KVCache, Transformer, TransformerBlock, rotary_angles
-from xlstm_scaling.models.xlstm import XLSTM
+from xlstm_scaling.models.transformer import KVCache, TransformerBlock, rotary_angles
+from xlstm_scaling.models.xlstm import XLSTMBlock
 
 #: slots of the shortest span, and what spans are multiples of
 SHORTEST_SPAN = 256
@@ -39,8 +41,8 @@ class GraphDecoder(Decoder):
     @staticmethod
     def refusal(model: LanguageModel, quiet: bool = False) -> str | None:
         """Why it cannot serve a model, or None."""
-        if type(model) not in (XLSTM, Transformer):
-            return f"there is no graph for {type(model).__name__}"
+        if unknown := {type(block) for block in model.blocks} - {XLSTMBlock, TransformerBlock}:
+            return f"there is no graph for {', '.join(sorted(kind.__name__ for kind in unknown))}"
         if model.head.weight.device.type != "cuda":
             return f"the model is on {model.head.weight.device}, CUDA graphs need a GPU"
         return None
@@ -72,29 +74,29 @@ class GraphDecoder(Decoder):
         """One step from ``_tokens`` into ``_logits``, ``_best`` and the state; no number goes to the host."""
         model = self.model
         x = model.embedding(self._tokens[:, None]).to(model.compute_dtype)
-        x = self._transformer(x, span) if self.cached else self._xlstm(x)
-        self._logits.copy_(model.logits(model.norm(x)[:, -1]))
-        torch.argmax(self._logits, -1, out=self._best)
-
-    def _xlstm(self, x: Tensor) -> Tensor:
-        for block, memory in zip(self.model.blocks, self.state):
+        attend = self._reader(span) if self.cached else None
+        for block, memory in zip(model.blocks, self.state):
+            if isinstance(memory, KVCache):
+                normed, x = block.ffn_norm.add(attend(block, block.attention_norm(x), memory), x)
+                x = x + block.ffn(normed)
+                continue
             x, new = block(x, None, memory)
             for static, made in zip(memory, new):  # Triton's step has updated C in place
                 if static is not made:
                     static.copy_(made)
-        return x
+        if self.cached:
+            self._slot.add_(1)
+        self._logits.copy_(model.logits(model.norm(x)[:, -1]))
+        torch.argmax(self._logits, -1, out=self._best)
 
-    def _transformer(self, x: Tensor, span: int) -> Tensor:
-        attention = self.model.blocks[0].attention
-        cos, sin = rotary_angles(1, attention.head_dim, attention.theta, x.device, self._slot - self._padding)
-        slots = torch.arange(span, device=x.device)
+    def _reader(self, span: int) -> Callable[[TransformerBlock, Tensor, KVCache], Tensor]:
+        """Attention of this step's token to the first ``span`` slots: rotation and mask are those of all blocks."""
+        attention = next(block.attention for block in self.model.blocks if isinstance(block, TransformerBlock))
+        device = self._tokens.device
+        cos, sin = rotary_angles(1, attention.head_dim, attention.theta, device, self._slot - self._padding)
+        slots = torch.arange(span, device=device)
         seen = ((slots <= self._slot) & (slots >= self._padding[:, None]))[:, None, None]  # (B, 1, 1, span)
-        for block, cache in zip(self.model.blocks, self.state):
-            y = self._attend(block, block.attention_norm(x), cache, cos, sin, seen, span)
-            normed, x = block.ffn_norm.add(y, x)
-            x = x + block.ffn(normed)
-        self._slot.add_(1)
-        return x
+        return lambda block, x, cache: self._attend(block, x, cache, cos, sin, seen, span)
 
     def _attend(
         self, block: TransformerBlock, x: Tensor, cache: KVCache, cos: Tensor, sin: Tensor, seen: Tensor, span: int
@@ -114,7 +116,8 @@ class GraphDecoder(Decoder):
         if span not in self._graphs:
             with torch.inference_mode(False):
                 slot = self._slot.clone()
-                kept = None if self.cached else [[x.clone() for x in memory] for memory in self.state]
+                states = [memory for memory in self.state if not isinstance(memory, KVCache)]
+                kept = [[x.clone() for x in memory] for memory in states]
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
@@ -126,7 +129,7 @@ class GraphDecoder(Decoder):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool):
                     self.compute(span)
-                for memory, before in zip(self.state, kept or ()):
+                for memory, before in zip(states, kept):
                     for x, y in zip(memory, before):
                         x.copy_(y)
             self._pool = self._pool or graph.pool()
@@ -136,8 +139,7 @@ class GraphDecoder(Decoder):
     def _taken(self) -> None:
         if self.cached:
             self._slot.fill_(self.length)
-            padding = self.state[0].padding
-            self._padding.zero_() if padding is None else self._padding.copy_(padding)
+            self._padding.zero_() if self.padding is None else self._padding.copy_(self.padding)
 
     def _run(self, tokens: Tensor) -> None:
         self._check_room()
@@ -147,9 +149,8 @@ class GraphDecoder(Decoder):
             self._graph(span).replay()
         else:
             self.compute(span)
-        if self.cached:
-            for memory in self.state:
-                memory.length += 1
+        for cache in self.caches:
+            cache.length += 1
 
     def step(self, tokens: Tensor) -> Tensor:
         self._run(tokens)

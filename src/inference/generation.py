@@ -1,4 +1,4 @@
-"""Generation with a state (xLSTM) or a cache (Transformer): read the prompts, then one token a step."""
+"""Generation with a state (mLSTM) or a cache (attention): read the prompts, then one token a step."""
 
 from __future__ import annotations
 
@@ -147,9 +147,8 @@ def prefill_batch(
 
 def state_bytes(model: LanguageModel, batch: int, length: int) -> int:
     """Bytes of the state or cache of a batch with room for ``length`` tokens, of a model on the meta device."""
-    state = model.blocks[0].init_state(batch, length, model.compute_dtype)
-    tensors = state if isinstance(state, tuple) else (state.k, state.v)
-    return len(model.blocks) * sum(x.nbytes for x in tensors)
+    states = model.init_state(batch, length)
+    return sum(x.nbytes for state in states for x in (state if isinstance(state, tuple) else (state.k, state.v)))
 
 
 def _check_prompt(model: LanguageModel, prompt: Tensor, name: str = "prompt_ids") -> Tensor:

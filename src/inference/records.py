@@ -19,7 +19,8 @@ _INTEGERS = (
 _TEXT = ("arch", "model", "energy_source", "energy_detail", "dtype", "device", "status", "detail")
 MEASUREMENT_COLUMNS = (
     *("arch", "model", "num_params", "embedding_dim", "num_blocks", "num_heads", "head_dim_qk", "head_dim_v"),
-    *("ffn_dim", "vocab_size", "chunk_size", "trained", "batch_size", "prefill_length", "prefill_chunk"),
+    *("ffn_dim", "vocab_size", "chunk_size", "attention_every"),
+    *("trained", "batch_size", "prefill_length", "prefill_chunk"),
     *("ttft_s", "ttft_s_lo", "ttft_s_hi", "step_time_s", "step_time_s_lo", "step_time_s_hi", "decode_tokens_per_s"),
     *("peak_memory_bytes", "predicted_memory_bytes"),
     *("prefill_energy_j_per_token", "decode_energy_j_per_token", "energy_source", "energy_detail"),

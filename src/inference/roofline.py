@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from xlstm_scaling.accounting import ModelShape, prefill_work, step_work
-from xlstm_scaling.inference.counts import LOGITS_COLUMN, dtype_bytes, row_shape
+from xlstm_scaling.accounting import ModelShape, prefill_work, shape_of_row, step_work
+from xlstm_scaling.inference.counts import LOGITS_COLUMN, dtype_bytes
 from xlstm_scaling.inference.probe import peaks
 from xlstm_scaling.study.files import write_table
 
@@ -172,7 +172,7 @@ def roofline_tables(counted: pd.DataFrame, device: pd.DataFrame) -> tuple[pd.Dat
         for against, numbers in (("context", rows["batch_size"]), ("batch", lengths)):
             kept[against] = sorted({int(numbers.min()), int(numbers.max())})
         about = {key: first[key] for key in ("arch", "model", "num_params", "device", "dtype")}
-        shape, size = row_shape(first), dtype_bytes(str(first["dtype"]))
+        shape, size = shape_of_row(first), dtype_bytes(str(first["dtype"]))
         logits = str(first.get(LOGITS_COLUMN, "last"))
         for phase, against in product(PHASES, kept):
             for number in kept[against]:

@@ -75,9 +75,10 @@ def _measure_cells(
     config: Mapping[str, Any],
     device: str,
     cells: list[Cell],
+    rounds: int,
 ) -> None:
     run = ModelRun(
-        entry, config, device, cells, lambda cell: send(("begin", cell.key)), lambda cell: send(("changed", cell))
+        entry, config, device, cells, rounds, lambda cell: send(("begin", cell.key)), lambda cell: send(("changed", cell))
     )
     run.run()
 
@@ -156,10 +157,11 @@ def measure_model(
     config: Mapping[str, Any],
     device: str,
     cells: list[Cell],
+    rounds: int,
     begin: Callable[[Cell], None],
     changed: Callable[[Cell], None],
 ) -> None:
-    """Measure the cells of one model in a process of its own, and in another one after each that dies.
+    """Measure ``rounds`` of the cells of one model in a process of its own, and in another one after each that dies.
 
     The cell that a process dies at is ``out_of_memory`` where the system killed it, ``skipped`` where it took longer
     than `PATIENCE` times ``max_cell_s``, else ``failed``; all of them are, where it dies before the first.
@@ -169,11 +171,12 @@ def measure_model(
         config: group ``inference``, its dtype resolved.
         device: cpu or cuda.
         cells: by batch size, then prefill length; those that are complete stay as they are.
+        rounds: how many every cell is to have in the end.
         begin, changed: get each cell before it is worked on, and whenever something of it was measured.
     """
-    place, repeats = {cell.key: index for index, cell in enumerate(cells)}, int(config["repeats"])
+    place = {cell.key: index for index, cell in enumerate(cells)}
     patience_s = min(PATIENCE * float(config["max_cell_s"]), LONGEST_S)
-    while any(not cell.complete(repeats) for cell in cells):
+    while any(not cell.complete(rounds) for cell in cells):
         working: list[Cell] = []
 
         def event(kind: str, value: Any, working: list[Cell] = working) -> None:
@@ -187,13 +190,13 @@ def measure_model(
 
         try:
             call(
-                _measure_cells, entry, config, device, cells,
+                _measure_cells, entry, config, device, cells, rounds,
                 num_threads=int(config["num_threads"]), event=event,
                 limit_s=lambda working=working: patience_s if working else None,
             )  # fmt: skip
         except WorkerError as error:
             status = "out_of_memory" if error.killed else "skipped" if error.late else "failed"
-            lost = working or [cell for cell in cells if not cell.complete(repeats)]
+            lost = working or [cell for cell in cells if not cell.complete(rounds)]
             where = f"batch {lost[0].batch_size}, prefill {lost[0].prefill_length}" if working else "all that is left"
             log.warning("%s, %s: %s: %s", entry.name, where, status.replace("_", " "), error)
             for cell in lost:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from xlstm_scaling.accounting import ModelShape
+from xlstm_scaling.models.hybrid import Hybrid
 from xlstm_scaling.models.language_model import LanguageModel
 from xlstm_scaling.models.transformer import Transformer
 from xlstm_scaling.models.xlstm import XLSTM
 
-MODELS: dict[str, type[LanguageModel]] = {"xlstm": XLSTM, "transformer": Transformer}
+MODELS: dict[str, type[LanguageModel]] = {"xlstm": XLSTM, "transformer": Transformer, "hybrid": Hybrid}
 
 
 def build_model(shape: ModelShape, **options: Any) -> LanguageModel:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xlstm_scaling.accounting import ModelShape
+from xlstm_scaling.accounting import ModelShape, architecture
 from xlstm_scaling.kernels.cross_entropy import soft_cap
 from xlstm_scaling.models.layers import NORM_EPS, Linear, RMSNorm, fast, small_init_
 
@@ -61,8 +62,8 @@ class LanguageModel(nn.Module):
     ``norm_eps``: of every norm. ``options``: of the blocks.
     """
 
-    #: the block of this architecture
-    block: type[Block]
+    #: the blocks of this architecture, by the kind that its accounting names
+    kinds: ClassVar[dict[str, type[Block]]]
     #: keep only the inputs of blocks for the backward pass, which computes the rest again (Chen et al., 2016)
     activation_checkpointing = False
 
@@ -80,7 +81,9 @@ class LanguageModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.logit_cap = logit_cap
         self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
-        self.blocks = nn.ModuleList(self.block(shape, norm_eps=norm_eps, **options) for _ in range(shape.num_blocks))
+        blocks = architecture(shape.arch).block_shapes(shape)
+        chosen = self.options_by_kind(options)
+        self.blocks = nn.ModuleList(self.kinds[one.arch](one, norm_eps=norm_eps, **chosen[one.arch]) for one in blocks)
         self.norm = RMSNorm(shape.embedding_dim, norm_eps)
         self.head = Linear(shape.embedding_dim, shape.vocab_size)
         self.reset_parameters(seed)
@@ -89,7 +92,17 @@ class LanguageModel(nn.Module):
     def operations(cls, **options: Any) -> list[Operation]:
         """What training a model with these options of its blocks asks ``kernels.select`` for; each is certified."""
         own: list[Operation] = [("rms_norm", None, "auto"), ("linear_cross_entropy", None, "auto")]
-        return list(dict.fromkeys([*cls.block.operations(**options), *own]))
+        chosen = cls.options_by_kind(options)
+        asked = [operation for kind, block in cls.kinds.items() for operation in block.operations(**chosen[kind])]
+        return list(dict.fromkeys([*asked, *own]))
+
+    @classmethod
+    def options_by_kind(cls, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The options that each kind of block takes. Raises TypeError on one that none of them has."""
+        known = {kind: signature(block).parameters.keys() & options.keys() for kind, block in cls.kinds.items()}
+        if unknown := options.keys() - set().union(*known.values()):
+            raise TypeError(f"{cls.__name__} has no option {', '.join(sorted(unknown))}")
+        return {kind: {name: options[name] for name in options if name in names} for kind, names in known.items()}
 
     def reset_parameters(
         self, seed: int | None = None, around: Callable[[Block], AbstractContextManager] = nullcontext

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -133,4 +133,4 @@ class TransformerBlock(Block):
 class Transformer(LanguageModel):
     """The Transformer language model; option: ``rope_theta``."""
 
-    block = TransformerBlock
+    kinds: ClassVar = {"transformer": TransformerBlock}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -156,4 +156,4 @@ class XLSTM(LanguageModel):
     """The xLSTM language model; options: ``kernel_form``, ``kernel_backend``, ``kernel_chunk_size``,
     ``input_gate_bias``."""
 
-    block = XLSTMBlock
+    kinds: ClassVar = {"xlstm": XLSTMBlock}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from xlstm_scaling.accounting import ModelShape, count_params, make_shape
+from xlstm_scaling.accounting import ModelShape, architecture, count_params, make_shape
 from xlstm_scaling.planning.errors import PlanningError
 
 #: usual depth from which on one block more or less is tried [blocks]
@@ -34,13 +34,15 @@ PAPER_VOCAB_SIZE = 50304
 
 @dataclass(frozen=True)
 class ShapeFamily:
-    """How the shapes of one architecture go together: ``depths`` width -> usual blocks, ``heads`` width -> heads."""
+    """How the shapes of one architecture go together: ``depths`` width -> usual blocks, ``heads`` width -> heads;
+    ``options``: what else its shapes are free in (``make_shape``)."""
 
     arch: str
     vocab_size: int = PAPER_VOCAB_SIZE
     chunk_size: int = 64
     depths: Mapping[int, float] = field(default_factory=lambda: dict(PAPER_DEPTHS))
     heads: Mapping[int, int] = field(default_factory=dict)
+    options: Mapping[str, int] = field(default_factory=dict)
 
     def usual_blocks(self, embedding_dim: int) -> float:
         widths = np.array(sorted(self.depths), dtype=np.float64)
@@ -57,13 +59,16 @@ class ShapeFamily:
             count = counts.pop()
             if embedding_dim % count == 0 and embedding_dim // count <= MAX_HEAD_DIM:
                 return count
-        options = HEAD_DIMS.get(self.arch, HEAD_DIMS["transformer"])
-        options = options[embedding_dim < WIDE.get(self.arch, WIDE["transformer"]) :]
+        kind = next(iter(architecture(self.arch).kinds()))  # of the first block
+        options = HEAD_DIMS.get(kind, HEAD_DIMS["transformer"])
+        options = options[embedding_dim < WIDE.get(kind, WIDE["transformer"]) :]
         return next((embedding_dim // dim for dim in options if embedding_dim % dim == 0), 1)
 
     def shape(self, embedding_dim: int, num_blocks: int) -> ModelShape:
         heads = self.num_heads(embedding_dim)
-        return make_shape(self.arch, embedding_dim, num_blocks, heads, self.vocab_size, self.chunk_size)
+        return make_shape(
+            self.arch, embedding_dim, num_blocks, heads, self.vocab_size, self.chunk_size, **self.options
+        )
 
 
 def family_of_runs(arch: str, runs: pd.DataFrame | None, vocab_size: int | None = None) -> ShapeFamily:
@@ -75,13 +80,16 @@ def family_of_runs(arch: str, runs: pd.DataFrame | None, vocab_size: int | None 
     if mine.empty:
         return ShapeFamily(arch, vocab_size or PAPER_VOCAB_SIZE)
     swept = mine[mine["experiment_set"].eq("isoflop")] if mine["experiment_set"].eq("isoflop").any() else mine
-    chunk = mine["chunk_size"].dropna() if "chunk_size" in mine else pd.Series(dtype=float)
+    chunk, every = (
+        mine[name].dropna() if name in mine else pd.Series(dtype=float) for name in ("chunk_size", "attention_every")
+    )
     return ShapeFamily(
         arch,
         vocab_size or int(mine["vocab_size"].mode().iloc[0]),
         int(chunk.mode().iloc[0]) if len(chunk) else 64,
         {int(width): float(blocks) for width, blocks in mine.groupby("embedding_dim")["num_blocks"].median().items()},
         {int(width): int(heads.mode().iloc[0]) for width, heads in swept.groupby("embedding_dim")["num_heads"]},
+        {"attention_every": int(every.mode().iloc[0])} if len(every) else {},
     )
 
 

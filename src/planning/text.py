@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-NAMES = {"xlstm": "xLSTM", "transformer": "Transformer"}
+from xlstm_scaling.accounting import label
+
 LIMIT_NAMES = {"ttft_s": "time to first token", "step_time_s": "step time", "serving_bytes": "serving memory"}
 QUANTITIES = {
     "num_params": "parameters", "num_tokens": "training tokens", "tokens_per_param": "tokens per parameter",
@@ -26,10 +27,10 @@ def _lines(answer: Mapping[str, Any]) -> Iterator[str]:
         yield f"loss to reach: {answer['target']['loss']:.4f} nat/token"
     yield ""
     archs = answer["architectures"]
-    yield _row("", *(name(arch) for arch in archs))
-    for label, cells in _table(archs):
+    yield _row("", *(label(arch) for arch in archs))
+    for quantity, cells in _table(archs):
         if set(cells) - {"-", "unknown"}:
-            yield _row(label, *cells)
+            yield _row(quantity, *cells)
     yield ""
     yield from _verdict(answer)
     for arch, part in archs.items():
@@ -38,7 +39,7 @@ def _lines(answer: Mapping[str, Any]) -> Iterator[str]:
         for entry in (part["choice"] or {}).get("extrapolation", []):
             low, high = (_si(end) for end in entry["seen"])
             yield (
-                f"extrapolation: {name(arch)}, {QUANTITIES[entry['quantity']]} {_si(entry['value'])}, "
+                f"extrapolation: {label(arch)}, {QUANTITIES[entry['quantity']]} {_si(entry['value'])}, "
                 f"{entry['factor']:.3g} times {entry['side']} the {low} to {high} of the {entry['of']}"
             )
     for note in answer["notes"]:
@@ -48,12 +49,8 @@ def _lines(answer: Mapping[str, Any]) -> Iterator[str]:
         yield f"times: {answer['sources']['runtime']}"
 
 
-def name(arch: str) -> str:
-    return NAMES.get(arch, arch)
-
-
-def _row(label: str, *cells: str) -> str:
-    return f"{label:26s}" + "".join(f"{cell:>{INK}s}" for cell in cells)
+def _row(quantity: str, *cells: str) -> str:
+    return f"{quantity:26s}" + "".join(f"{cell:>{INK}s}" for cell in cells)
 
 
 def _table(archs: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
@@ -92,15 +89,15 @@ def _verdict(answer: Mapping[str, Any]) -> Iterator[str]:
     if answer["best"] is None:
         yield "no best one: the budgets differ"
         return
-    verdict = f"best: {name(answer['best'])}"
+    verdict = f"best: {label(answer['best'])}"
     comparison = answer["comparison"]
     if comparison:
         pairs, share = comparison["paired_resamples"], comparison["probability_best"]
         gap = comparison["advantage"]
         if comparison["of"] == "loss":
-            verdict += f", by {_span(gap, '{:.4f}'.format)} nat/token over {name(comparison['second'])}"
+            verdict += f", by {_span(gap, '{:.4f}'.format)} nat/token over {label(comparison['second'])}"
         else:
-            verdict += f"; {name(comparison['second'])} needs {_span(gap, '{:.3g}'.format)} times its FLOPs"
+            verdict += f"; {label(comparison['second'])} needs {_span(gap, '{:.3g}'.format)} times its FLOPs"
         if share is not None:
             verdict += f"; the better one in {share:.1%} of {pairs:,} paired resamples"
     yield verdict
@@ -111,7 +108,7 @@ def _verdict(answer: Mapping[str, Any]) -> Iterator[str]:
         if loss < 5e-5 and cost["flops_ratio"] < 1.0005:
             yield "the limits cost nothing"
         else:
-            without = f"{name(cost['best_without'])} is as good with 1/{cost['flops_ratio']:.3g} of the FLOPs"
+            without = f"{label(cost['best_without'])} is as good with 1/{cost['flops_ratio']:.3g} of the FLOPs"
             yield f"the limits cost {loss:.4f} nat/token; without them {without}"
 
 
@@ -120,12 +117,12 @@ def _trouble(arch: str, part: Mapping[str, Any]) -> Iterator[str]:
         return
     found = part["infeasible"]
     if part["detail"]:
-        yield f"{name(arch)}: {part['detail']}"
+        yield f"{label(arch)}: {part['detail']}"
     if part["status"] != "infeasible":
         return
     together = " together" if 1 < len(found["binding"]) == len(found["nearest"]) else ""
     names = " and ".join(LIMIT_NAMES[limit] for limit in found["binding"])
-    yield f"{name(arch)}: no model keeps the limit of {names}{together}"
+    yield f"{label(arch)}: no model keeps the limit of {names}{together}"
     for limit, entry in found["nearest"].items():
         if entry["needed"] is not None:
             needed = f"{_limited(limit, entry['needed'])} ({_si(entry['num_params'])} parameters)"

@@ -23,7 +23,7 @@ from xlstm_scaling.fitting.isoflop import fit_isoflop
 from xlstm_scaling.fitting.loss_surface import LossSurface
 from xlstm_scaling.fitting.overtraining import fit_overtraining, weighted_slopes
 from xlstm_scaling.fitting.pareto import convex_frontier, flops_at_loss, frontier_mask
-from xlstm_scaling.fitting.power_law import DIFFERENCE, fit_lines, fit_power_laws
+from xlstm_scaling.fitting.power_law import difference, fit_lines, fit_power_laws
 from xlstm_scaling.fitting.resampling import (
     bootstrap_counts,
     cell_generator,
@@ -435,7 +435,7 @@ def context_power_law(
 @answer
 def context_exponent_difference(evidence: Evidence, budget: float, of: str) -> Answer:
     """Exponent of xLSTM's N* or D* in the context minus the Transformer's, at a budget; runs counted once."""
-    keys = {"arch": DIFFERENCE, "isoflop_tag": budget, "variable": of, "predictor": "context_length"}
+    keys = {"arch": difference("xlstm", "transformer"), "isoflop_tag": budget, "variable": of, "predictor": "context_length"}
     value, low, high, _ = _law(evidence, "exponent", 3, False, (0.9 * budget, 1.1 * budget), **keys)
     runs = evidence.runs[evidence.runs["isoflop_tag"] == budget]
     note, independent = _read_off(runs)

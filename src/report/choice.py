@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
+from xlstm_scaling.accounting import label
 from xlstm_scaling.planning import PlanningError
 from xlstm_scaling.planning.maps import best_losses, ladders, study_laws, swept_budget
 
-NAMES = {"xlstm": "xLSTM", "transformer": "Transformer"}
 #: budgets of the sentence, over the largest that was swept
 MULTIPLES = (1.0, 10.0, 100.0)
 
@@ -35,7 +35,7 @@ def choice_findings(tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, s
         best, second = ranked.iloc[0], ranked.iloc[1]
         gap = float(second["loss"] - best["loss"])
         first = gap if math.isnan(first) else first
-        name, other = (NAMES.get(row["arch"], row["arch"]) for row in (best, second))
+        name, other = (label(row["arch"]) for row in (best, second))
         parts.append(
             f"{name} over {other} by {gap:.3f} nat/token at {flops:.1e} FLOPs (the better one in "
             f"{best['probability_best']:.0%} of the resamples)"

@@ -42,7 +42,7 @@ def _value(quantity: str, arch: str, row: pd.Series, column: str, points: Any, s
     }  # fmt: skip
 
 
-def _most_points(laws: pd.DataFrame, key: str) -> float:
+def most_points(laws: pd.DataFrame, key: str) -> float:
     """The context, or the budget, whose laws rest on the most minima; the middle one of equals."""
     points = laws.groupby(key)["num_points"].sum().sort_index()
     best = points[points == points.max()].index
@@ -57,7 +57,7 @@ def _laws(tables: Tables) -> Iterator[dict[str, Any]]:
         if rows.empty:
             continue
         tags = pd.to_numeric(rows[key], errors="coerce")
-        rows = rows[tags == _most_points(rows.assign(**{key: tags}), key)]
+        rows = rows[tags == most_points(rows.assign(**{key: tags}), key)]
         for row in rows.to_dict("records"):
             quantity = f"exponent of {SYMBOLS[row['variable']]} in {symbol}"
             yield _value(quantity, row["arch"], pd.Series(row), "exponent", row["num_points"], "fits/power_laws")
@@ -82,18 +82,23 @@ def _ratio(tables: Tables) -> Iterator[dict[str, Any]]:
         return
     ratio = tables["fits/pareto_ratio"]
     ratio = ratio[ratio["flop_ratio_lo"].notna() & ratio["flop_ratio_hi"].notna()].sort_values("val_loss")
-    if ratio.empty:
-        return
-    contexts = ratio["context_length"].value_counts().sort_index()
-    rows = ratio[ratio["context_length"] == contexts.idxmax()]
-    row = rows.iloc[len(rows) // 2]  # the middle of the losses that both reach
-    yield _value(FLOP_RATIO, "transformer / xlstm", row, "flop_ratio", len(rows), "fits/pareto_ratio")
+    for (arch, other), rows in ratio.groupby(["arch", "other"], sort=False):
+        contexts = rows["context_length"].value_counts().sort_index()
+        rows = rows[rows["context_length"] == contexts.idxmax()]
+        row = rows.iloc[len(rows) // 2]  # the middle of the losses that both reach
+        yield _value(FLOP_RATIO, f"{other} / {arch}", row, "flop_ratio", len(rows), "fits/pareto_ratio")
+
+
+def comparable(tables: Tables) -> Iterator[dict[str, Any]]:
+    """What of one study has no unit: quantity, arch, context_length, value, lo, hi, num_points, source."""
+    for part in (_laws, _surfaces, _ratio):
+        yield from part(tables)
 
 
 def _ranking(row: Any) -> str:
     """Which architecture the value puts ahead, by sign or ratio; "" where it does not rank or its interval is open."""
     if row.quantity == FLOP_RATIO:
-        first, neutral = "xlstm", NEUTRAL["ratio"]
+        first, neutral = row.arch.split(" / ")[1], NEUTRAL["ratio"]
     elif " - " in row.arch:
         first, neutral = row.arch.split(" - ")[0], NEUTRAL["exponent"]
     else:
@@ -146,9 +151,7 @@ def compare_studies(folders: Sequence[Path]) -> pd.DataFrame:
         )
     rows = []
     for name, folder in zip(names, folders):
-        tables = Tables(Path(folder))
-        for part in (_laws, _surfaces, _ratio):
-            rows += [{"study": name, **row} for row in part(tables)]
+        rows += [{"study": name, **row} for row in comparable(Tables(Path(folder)))]
     if not rows:
         raise ValueError(f"none of the studies has a law with a usable fit: {', '.join(names)}")
     table = pd.DataFrame(rows)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from xlstm_scaling.accounting import label, ordered
 from xlstm_scaling.fitting.runtime_versions import doubling_growth, is_steady
 from xlstm_scaling.report.choice import choice_findings
 from xlstm_scaling.study.files import write_table, write_text_atomic
 
-NAMES = {"xlstm": "xLSTM", "transformer": "Transformer"}
 QUANTITIES = {"ttft": "time to first token", "step_time": "step time"}
 QUANTITIES["ttft_raw"] = f"{QUANTITIES['ttft']}, in the second version of its times,"
 VARIABLES = {"num_params": "N*", "num_tokens": "D*", "loss": "the least loss"}
@@ -34,10 +34,6 @@ SMALLEST_EXCESS = 0.01
 NO_INFERENCE = "There are no inference measurements: time to first token and step time are left out."
 
 Finding = tuple[str, str, float, float, float, str]
-
-
-def _name(arch: str) -> str:
-    return NAMES.get(arch, arch)
 
 
 def _interval(value: float, lo: float, hi: float, form: str = ".2f") -> str:
@@ -99,7 +95,7 @@ def _power_laws(laws: pd.DataFrame) -> Iterator[Finding]:
             form = ".3f" if variable == "loss" else ".2f"
             for row in rows[~rows.arch.str.contains(" - ")].itertuples():
                 text = (
-                    f"{_name(row.arch)}: {VARIABLES[variable]} goes as {symbol} to the power "
+                    f"{label(row.arch)}: {VARIABLES[variable]} goes as {symbol} to the power "
                     f"{_interval(row.exponent, row.exponent_lo, row.exponent_hi, form)}{_where(row)}, from "
                     f"{row.num_points} minima."
                 )
@@ -108,7 +104,7 @@ def _power_laws(laws: pd.DataFrame) -> Iterator[Finding]:
                 known = math.isfinite(row.exponent_lo) and math.isfinite(row.exponent_hi)
                 told = known and (row.exponent_lo > 0 or row.exponent_hi < 0)
                 verdict = "the architectures differ" if told else "this study does not tell them apart"
-                first, second = (_name(name) for name in row.arch.split(" - "))
+                first, second = (label(name) for name in row.arch.split(" - "))
                 text = (
                     f"{first} minus {second}, exponent of {VARIABLES[variable]} in {symbol}{_where(row)}: "
                     f"{_interval(row.exponent, row.exponent_lo, row.exponent_hi, form)}; {verdict}."
@@ -116,21 +112,30 @@ def _power_laws(laws: pd.DataFrame) -> Iterator[Finding]:
                 yield f"{predictor} law", text, row.exponent, row.exponent_lo, row.exponent_hi, "fits/power_laws"
 
 
-def _equal_loss(ratio: pd.DataFrame) -> Iterator[Finding]:
+def equal_loss_rows(ratio: pd.DataFrame) -> Iterator[pd.Series]:
+    """Of every pair and context the row in the middle of the losses that have an interval."""
     known = ratio[ratio.flop_ratio_lo.notna() & ratio.flop_ratio_hi.notna()].sort_values("val_loss")
-    for context, rows in known.groupby("context_length", sort=True):
-        yield _equal_loss_at(int(context), rows.iloc[len(rows) // 2])
+    place = {arch: index for index, arch in enumerate(ordered([*known.arch, *known.other]))}
+    groups = known.groupby(["arch", "other", "context_length"])
+    for _, rows in sorted(groups, key=lambda group: (place[group[0][0]], place[group[0][1]], group[0][2])):
+        yield rows.iloc[len(rows) // 2]
 
 
-def _equal_loss_at(context: int, row: pd.Series) -> Finding:
+def _equal_loss(ratio: pd.DataFrame) -> Iterator[Finding]:
+    for row in equal_loss_rows(ratio):
+        yield _equal_loss_at(row)
+
+
+def _equal_loss_at(row: pd.Series) -> Finding:
+    first, other = label(row.arch), label(row.other)
     better = "no difference is shown"
     if row.flop_ratio_lo > 1:
-        better = "xLSTM buys the same loss for fewer FLOPs"
+        better = f"{first} buys the same loss for fewer FLOPs"
     elif row.flop_ratio_hi < 1:
-        better = "the Transformer buys the same loss for fewer FLOPs"
+        better = f"{other} buys the same loss for fewer FLOPs"
     text = (
-        f"At context {context:,} and a loss of {row.val_loss:.2f} nat/token the Transformer needs "
-        f"{_interval(row.flop_ratio, row.flop_ratio_lo, row.flop_ratio_hi)} times the FLOPs of xLSTM: {better}."
+        f"At context {row.context_length:,} and a loss of {row.val_loss:.2f} nat/token {other} needs "
+        f"{_interval(row.flop_ratio, row.flop_ratio_lo, row.flop_ratio_hi)} times the FLOPs of {first}: {better}."
     )
     return "equal loss", text, row.flop_ratio, row.flop_ratio_lo, row.flop_ratio_hi, "fits/pareto_ratio"
 
@@ -143,7 +148,7 @@ def _overtraining(slopes: pd.DataFrame) -> Iterator[Finding]:
         if rows.num_runs.min() < MIN_RUNS_FOR_SLOPES:
             verdict = f"{rows.num_runs.min()} runs a ratio are too few to say whether the lines are parallel"
         text = (
-            f"{_name(arch)}: over-training slopes of ln loss in ln H lie between {low:.3f} and {high:.3f} over "
+            f"{label(arch)}: over-training slopes of ln loss in ln H lie between {low:.3f} and {high:.3f} over "
             f"{len(rows)} token/param ratios; {verdict}."
         )
         yield "over-training", text, float(rows.slope.mean()), low, high, "fits/overtraining"
@@ -154,7 +159,7 @@ def _surface(surface: pd.DataFrame) -> Iterator[Finding]:
     for arch, rows in main.groupby("arch", sort=False):
         low, high = rows.exponent_params.min(), rows.exponent_params.max()
         text = (
-            f"{_name(arch)}: the exponent of N* by the loss surface goes from {low:.2f} to {high:.2f} with the form, "
+            f"{label(arch)}: the exponent of N* by the loss surface goes from {low:.2f} to {high:.2f} with the form, "
             f"the subset and the Huber threshold ({len(rows)} of {(surface.arch == arch).sum()} fits converged)."
         )
         yield "model form", text, float(rows.exponent_params.median()), low, high, "fits/surface"
@@ -169,7 +174,7 @@ def _inference(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Fin
         first, last = largest.iloc[0], largest.iloc[-1]
         growth = last.step_time_s / first.step_time_s
         text = (
-            f"{_name(arch)}, {first.num_params:.2g} parameters: the step time after {last.prefill_length:,} tokens is "
+            f"{label(arch)}, {first.num_params:.2g} parameters: the step time after {last.prefill_length:,} tokens is "
             f"{growth:.2f} times that after {first.prefill_length:,} ({1e3 * first.step_time_s:.2f} ms)."
         )
         yield "inference", text, growth, math.nan, math.nan, "inference/measurements"
@@ -177,7 +182,7 @@ def _inference(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Fin
         if np.isfinite(row.mape_held_out):
             quantity = QUANTITIES[row.quantity]
             error = f"{row.mape_held_out:.0%}"
-            text = f"{_name(row.arch)}: the runtime model misses the {quantity} of a size it has not seen by {error}."
+            text = f"{label(row.arch)}: the runtime model misses the {quantity} of a size it has not seen by {error}."
             yield "runtime model", text, row.mape_held_out, math.nan, math.nan, "inference/runtime_model"
     yield from _versions(measurements, models)
 
@@ -194,7 +199,7 @@ def _versions(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Find
             (True, False): "physics supports the first version",
         }.get((steady["ttft"], steady["ttft_raw"]), "this does not tell the versions apart")
         text = (
-            f"{_name(row.arch)}: of two versions of the times to first token, the first grows {texts['ttft']} times "
+            f"{label(row.arch)}: of two versions of the times to first token, the first grows {texts['ttft']} times "
             f"when the prompt doubles from {growth['ttft'].index.min():,.0f}, … tokens, the second {texts['ttft_raw']} "
             f"times. FLOPs that go as a T + b T² make this number rise steadily towards 4: {verdict}."
         )
@@ -223,7 +228,7 @@ def _length(table: pd.DataFrame) -> Iterator[Finding]:
             verdict = "it neither loses nor gains by reading on"
         excess = _interval(*(round(x, 3) + 0.0 for x in (last.excess, last.excess_lo, last.excess_hi)), "+.3f")
         text = (
-            f"{_name(arch)} of {last.num_params:,} parameters, trained at context {context:,}: after "
+            f"{label(arch)} of {last.num_params:,} parameters, trained at context {context:,}: after "
             f"{last.position_min / context:.2g} to {last.position_max / context:.2g} times as many tokens its loss, "
             f"minus that of the same tokens after half a context to a whole one, is {excess} nat/token; {verdict}."
         )
@@ -260,7 +265,7 @@ def _forecasts(forecasts: pd.DataFrame) -> Iterator[Finding]:
         yield (
             "forecasts",
             f"{what} of a budget lies in the interval that a power law through the smaller ones gives "
-            f"in {covered} of {len(group)} cases; at {largest.flops_mean:.1e} FLOPs ({_name(largest.arch)}, context "
+            f"in {covered} of {len(group)} cases; at {largest.flops_mean:.1e} FLOPs ({label(largest.arch)}, context "
             f"{largest.context_length:,}) it is missed by {100 * largest.error:+.1f}%.",
             covered / len(group), math.nan, math.nan, "fits/forecasts",
         )  # fmt: skip
@@ -268,7 +273,7 @@ def _forecasts(forecasts: pd.DataFrame) -> Iterator[Finding]:
         form = "gamma = 1" if row.law == "surface_gamma_fixed" else "gamma free"
         yield (
             "forecasts",
-            f"{_name(row.arch)}: a loss surface ({form}) fitted to runs with less compute misses the losses at "
+            f"{label(row.arch)}: a loss surface ({form}) fitted to runs with less compute misses the losses at "
             f"{row.flops_mean:.1e} FLOPs by {100 * row.error:.1f}% in the mean; {100 * row.coverage:.0f}% of "
             f"{row.num_held_out} runs lie in its intervals.",
             row.error, math.nan, math.nan, "fits/forecasts",

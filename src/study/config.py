@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 
 class ConfigError(ValueError):
@@ -21,10 +23,10 @@ class ConfigError(ValueError):
 class SizeConfig:
     """One model size; ``num_heads`` overrides the head rule, per architecture or for all."""
 
-    embedding_dim: int = MISSING
-    num_blocks: int = MISSING
-    num_heads: Any = None
-    learning_rate: float | None = None
+    embedding_dim: int = MISSING  # width of the model
+    num_blocks: int = MISSING  # depth
+    num_heads: Any = None  # null: by the rule of `study.heads`; a number, or {architecture: number}
+    learning_rate: float | None = None  # peak of all runs of this size; null: by the rule of `training.learning_rate`
 
 
 @dataclass
@@ -32,9 +34,9 @@ class HeadRule:
     """Heads of an architecture: their number, or as many of at least ``head_dim`` as divide the embedding dim;
     ``by_width`` holds exceptions by embedding dim."""
 
-    num_heads: int | None = None
-    head_dim: int | None = None
-    by_width: dict[int, int] = field(default_factory=dict)
+    num_heads: int | None = None  # heads at every width, where `head_dim` is null
+    head_dim: int | None = None  # least width of a head: as many heads as divide the width
+    by_width: dict[int, int] = field(default_factory=dict)  # exceptions: {embedding_dim: heads}
 
 
 @dataclass
@@ -42,51 +44,52 @@ class IsoflopCell:
     """Runs that all cost ``budget_flops``: one per size name in ``sizes`` or per entry of ``grid``
     (embedding dim -> numbers of blocks)."""
 
-    context_length: int = MISSING
-    budget_flops: float = MISSING
-    architectures: list[str] | None = None
-    sizes: list[str] = field(default_factory=list)
-    grid: dict[int, list[int]] = field(default_factory=dict)
-    batch_sequences: int | None = None
-    learning_rate_by_width: dict[int, float] = field(default_factory=dict)
+    context_length: int = MISSING  # training context [tokens]
+    budget_flops: float = MISSING  # training FLOPs of each run of the cell [FLOPs]
+    architectures: list[str] | None = None  # null: all of `study.architectures`
+    sizes: list[str] = field(default_factory=list)  # names of `study.sizes`
+    grid: dict[int, list[int]] = field(default_factory=dict)  # in place of `sizes`: {embedding_dim: [num_blocks]}
+    batch_sequences: int | None = None  # sequences a step; null: by the rule of `training.batch`
+    learning_rate_by_width: dict[int, float] = field(default_factory=dict)  # exceptions: {embedding_dim: peak}
 
 
 @dataclass
 class TokenParamCell:
     """Sizes x token/param ratios; ``num_train_steps`` fixes the steps instead of ``ratios``."""
 
-    context_length: int = MISSING
-    architectures: list[str] | None = None
-    sizes: list[str] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
-    num_train_steps: list[int] = field(default_factory=list)
-    batch_sequences: int | None = None
-    learning_rate: float | None = None
-    warmup_steps: int | None = None
+    context_length: int = MISSING  # training context [tokens]
+    architectures: list[str] | None = None  # null: all of `study.architectures`
+    sizes: list[str] = field(default_factory=list)  # names of `study.sizes`
+    ratios: list[float] = field(default_factory=list)  # tokens per parameter, a run each
+    num_train_steps: list[int] = field(default_factory=list)  # steps in place of `ratios`, a run each
+    batch_sequences: int | None = None  # sequences a step; null: by the rule of `training.batch`
+    learning_rate: float | None = None  # peak; null: that of the size, else by the rule
+    warmup_steps: int | None = None  # null: by `training.schedule`
 
 
 @dataclass
 class ContextScalingConfig:
     """What the target ``context_scaling`` compares (``study.context_scaling``); empty: chosen by rule."""
 
-    context_lengths: list[int] = field(default_factory=list)
-    sizes: list[str] = field(default_factory=list)
+    context_lengths: list[int] = field(default_factory=list)  # [tokens]; empty: the base context and the longest
+    sizes: list[str] = field(default_factory=list)  # names of `study.sizes`; empty: three of them
 
 
 @dataclass
 class StudyConfig:
-    name: str = MISSING
-    title: str = ""
-    architectures: list[str] = MISSING
-    base_context: int = MISSING
+    name: str = MISSING  # names the folder of results
+    title: str = ""  # for reports and figures
+    architectures: list[str] = MISSING  # xlstm, transformer, …: what is compared
+    base_context: int = MISSING  # context that others are compared with [tokens]
     heads: dict[str, HeadRule] = field(default_factory=dict)
+    shape_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # by architecture: see architecture
     sizes: dict[str, SizeConfig] = field(default_factory=dict)
     isoflop: dict[str, IsoflopCell] = field(default_factory=dict)
     tokenparam: dict[str, TokenParamCell] = field(default_factory=dict)
     context_scaling: ContextScalingConfig = field(default_factory=ContextScalingConfig)
-    warn_epochs: float = 4.0
-    max_epochs: float = 16.0
-    min_sizes: int = 4
+    warn_epochs: float = 4.0  # more passes over the text than this: the plan warns
+    max_epochs: float = 16.0  # more passes over the text than this: the plan is refused
+    min_sizes: int = 4  # fewest runs of an IsoFLOP cell and architecture; fewer: the plan is refused
 
 
 @dataclass
@@ -167,7 +170,7 @@ class TrainingConfig:
     steps_multiple: int = 1
     min_steps: int = 20
     guard: GuardConfig = field(default_factory=GuardConfig)
-    model_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # by architecture: see architecture
 
 
 @dataclass
@@ -226,12 +229,12 @@ class EvaluationConfig:
 class ProfileConfig:
     """The target ``latency_profile``: one size of ``inference.untrained``; null: as in the group itself."""
 
-    size: str = MISSING
-    prefill_lengths: list[int] | None = None
-    batch_sizes: list[int] | None = None
-    prefill_chunk: int | None = None
-    repeats: int | None = None
-    max_cell_s: float | None = None
+    size: str = MISSING  # the size that is profiled, of `inference.untrained`
+    prefill_lengths: list[int] | None = None  # prompts [tokens]
+    batch_sizes: list[int] | None = None  # prompts side by side
+    prefill_chunk: int | None = None  # tokens of a prompt in one forward pass
+    repeats: int | None = None  # measured passes of a cell
+    max_cell_s: float | None = None  # a cell that takes longer is skipped [s]
 
 
 @dataclass
@@ -243,6 +246,7 @@ class InferenceConfig:
     generate_steps: int = MISSING
     repeats: int = MISSING
     warmup: int = 1
+    round_s: float = 0.0
     prefill_chunk: int | None = None
     max_cell_s: float = MISSING
     num_threads: int = MISSING
@@ -304,11 +308,13 @@ def normalise_overrides(overrides: Any) -> list[str]:
         return []
     if isinstance(overrides, str):
         text = overrides.strip()
-        if text.startswith("["):
-            loaded = yaml.safe_load(text)
-            return [str(item) for item in loaded]
-        return text.split()
+        return [str(item) for item in yaml.safe_load(text)] if text.startswith("[") else text.split()
     return [str(item) for item in overrides]
+
+
+def _in_full(override: str) -> str:
+    """``architectures=[…]`` is short for ``study.architectures=[…]``."""
+    return f"study.{override}" if override.startswith("architectures=") else override
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -322,9 +328,10 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     from hydra.errors import HydraException
 
     GlobalHydra.instance().clear()
+    overrides = [_in_full(override) for override in overrides]
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            composed = hydra_compose(config_name="config", overrides=list(overrides))
+            composed = hydra_compose(config_name="config", overrides=overrides)
         return check(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from None
@@ -338,7 +345,7 @@ def check(composed: DictConfig) -> DictConfig:
             try:
                 result[group] = OmegaConf.merge(OmegaConf.structured(SCHEMAS[group]), composed[group])
             except OmegaConfBaseException as error:
-                raise ConfigError(f"configuration group {group!r}: {_first_line(error)}") from None
+                raise ConfigError(_explain_group(error, group)) from None
         else:
             result[group] = composed[group]
     missing = sorted(set(GROUPS) - set(result))
@@ -390,15 +397,66 @@ def _check_jobs(hardware: DictConfig) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    keep = [line for line in lines if not line.startswith(("reference_type", "object_type"))]
+    keep = [line for line in lines if not line.startswith(("reference_type", "object_type", "full_key"))]
     return " · ".join(keep)
+
+
+def _explain_group(error: OmegaConfBaseException, group: str) -> str:
+    """A value of the wrong type, or a key of a file that its schema does not have."""
+    key = f"{group}.{error.full_key}" if error.full_key else group
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return f"no setting {key}{_meant(key, _keys(OmegaConf.structured(SCHEMAS[group]), group))}"
+    return f"{key}: {_first_line(error)}"
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     cause = error.__cause__ if error.__cause__ is not None and str(error.__cause__) else None
-    parts = [_first_line(error)] + ([_first_line(cause)] if cause is not None else [])
+    text = " · ".join(_first_line(item) for item in (error, cause) if item is not None)
+    if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, name = found.groups()
+        names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        hint = _meant(name, names) or f". Available options in '{group}': {', '.join(names)}"
+        return f"no {group} {name!r} in {conf_dir() / group}{hint}"
+    if found := re.search(r"In '(study/[^']+)': Could not override '\w+@study\.", text):
+        return f"conf/{found.group(1)}.yaml must begin with the line `# @package _global_`: it sets several groups"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found.group(1)
+        if choices := _choices_with(key):
+            return f"{key} is a setting of {' and of '.join(choices)} alone: add {choices[0]}"
+        return f"no setting {key}{_meant(key, _known_keys(overrides))} (docs/configuration.md)"
     hint = "see conf/ for the keys there are; `xlstm-scaling config` prints the resolved configuration"
-    return f"{' · '.join(parts)} (overrides: {list(overrides)}; {hint})"
+    return f"{text} (overrides: {list(overrides)}; {hint})"
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _choices_with(key: str) -> list[str]:
+    """Choices of a key's group that have it, such as corpus=folder for corpus.path."""
+    group, _, name = key.partition(".")
+    paths = sorted((conf_dir() / group).glob("*.yaml"), key=lambda path: -path.stat().st_size) if name else []
+    return [f"{group}={path.stem}" for path in paths if name in _keys(OmegaConf.load(path))]
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Dotted keys of a configuration, of groups too."""
+    found = []
+    for key in config:
+        name = f"{prefix}.{key}" if prefix else str(key)
+        node = config._get_node(key)
+        found += [name, *(_keys(node, name) if isinstance(node, DictConfig) and not node._is_missing() else [])]
+    return found
+
+
+def _known_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys of the study that the overrides name, single keys left aside."""
+    choices = [item for item in overrides if item.split("=", 1)[0] in GROUPS]
+    try:
+        return _keys(compose(choices))
+    except ConfigError:
+        return []
 
 
 def to_dict(config: DictConfig | Any) -> dict:

@@ -27,6 +27,7 @@ from xlstm_scaling.study.plan import (
     benchmarked_runs,
     find_trunks,
     model_vocab_size,
+    num_heads,
     plan_runs,
     spec_of,
 )
@@ -352,8 +353,9 @@ class _Estimate:
         by_arch = {run.arch: run for run in self.runs}
         for size in (settings["untrained"] or {}).values():
             for arch in study.architectures:
-                heads = size["num_heads"] if isinstance(size["num_heads"], int) else size["num_heads"][arch]
-                shape = make_shape(arch, size["embedding_dim"], size["num_blocks"], heads, vocab)
+                heads = num_heads(study, arch, size["embedding_dim"], size["num_heads"])
+                options = study.shape_options.get(arch, {})
+                shape = make_shape(arch, size["embedding_dim"], size["num_blocks"], heads, vocab, **options)
                 shapes.append((shape, by_arch[arch]))
         flops = seconds = 0.0
         for shape, like in shapes:

@@ -12,7 +12,8 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from xlstm_scaling.accounting import ModelShape, count_flops, count_params, make_shape
+from xlstm_scaling.accounting import ARCHITECTURES, ModelShape, architecture, count_flops, count_params, make_shape
+from xlstm_scaling.accounting.shapes import OPTIONAL_DIMENSIONS
 from xlstm_scaling.corpus.build import tokens_id, tokens_spec
 from xlstm_scaling.study.config import (
     ConfigError,
@@ -178,6 +179,8 @@ def num_heads(study: StudyConfig, arch: str, embedding_dim: int, explicit: int |
         return int(explicit[arch])
     rule = study.heads.get(arch)
     if rule is None:
+        if arch not in ARCHITECTURES:
+            raise PlanError(f"study.architectures: no architecture {arch!r}; there are: {', '.join(ARCHITECTURES)}")
         raise PlanError(f"study.heads.{arch} is missing: give it num_heads or head_dim, e.g. {{head_dim: 64}}")
     if embedding_dim in rule.by_width:
         return rule.by_width[embedding_dim]
@@ -213,7 +216,8 @@ class Planner:
     def shape(self, arch: str, embedding_dim: int, num_blocks: int, heads: int | dict | None = None) -> ModelShape:
         try:
             n = num_heads(self.study, arch, embedding_dim, heads)
-            return make_shape(arch, embedding_dim, num_blocks, n, self.vocab_size)
+            options = self.study.shape_options.get(arch, {})
+            return make_shape(arch, embedding_dim, num_blocks, n, self.vocab_size, **options)
         except ValueError as error:
             raise PlanError(f"size d={embedding_dim}, blocks={num_blocks}: {error}") from None
 
@@ -392,7 +396,12 @@ class Planner:
     def check_grid(self) -> None:
         study = self.study
         if not study.architectures:
-            raise PlanError("study.architectures is empty; known architectures: xlstm, transformer")
+            raise PlanError(f"study.architectures is empty; known architectures: {', '.join(ARCHITECTURES)}")
+        for arch in study.architectures:
+            try:
+                architecture(arch)
+            except ValueError as error:
+                raise PlanError(f"study.architectures: {error}") from None
         for name, cell in study.isoflop.items():
             count = len(set(cell.sizes)) + sum(len(depths) for depths in cell.grid.values())
             if count < study.min_sizes:
@@ -448,7 +457,8 @@ def plan_table(runs: Sequence[RunSpec], config: DictConfig, corpus_tokens: float
     table = pd.DataFrame(rows)
     for column in ("isoflop_tag", "ratio_tag"):
         table[column] = table[column].astype("float64")
-    table["chunk_size"] = table["chunk_size"].astype("Int64")
+    for column in OPTIONAL_DIMENSIONS:
+        table[column] = table[column].astype("Int64") if column in table else pd.Series(pd.NA, table.index, "Int64")
     return table
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median
 
 from xlstm_scaling.accounting import count_flops
-from xlstm_scaling.accounting.memory import Layout, training_memory
+from xlstm_scaling.accounting.layout import Layout
+from xlstm_scaling.accounting.memory import training_memory
 from xlstm_scaling.study.config import HardwareConfig
 from xlstm_scaling.study.files import read_json
 from xlstm_scaling.study.plan import RunSpec, TrunkSpec

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -40,12 +40,19 @@ from xlstm_scaling.warmstart import open_session
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def _names(given: Sequence[str] | str | None) -> list[str]:
+    """Names from a list, or from text such as ``a, b`` or ``[a, b]``."""
+    listed = given.strip("[] ").replace(",", " ").split() if isinstance(given, str) else given or []
+    return [str(name) for name in listed]
+
+
 class WorkflowStudy:
     """One study as the workflow sees it.
 
     ``config``: the workflow's config with ``study`` (default laptop; paper, where runs are published), ``runs``
-    (trained or published), ``paper`` and ``download`` (where published runs come from), ``overrides`` (Hydra
-    overrides, a list or text), ``compare`` (other studies, a list or text) and ``results`` (default results).
+    (trained or published), ``paper`` and ``download`` (where published runs come from), ``architectures`` (a list or
+    text), ``overrides`` (Hydra overrides, a list or text), ``compare`` (other studies, a list or text) and ``results``
+    (default results).
 
     Raises ConfigError where published runs are asked for and there are none.
     """
@@ -55,6 +62,8 @@ class WorkflowStudy:
         given += [f"runs.folder={json.dumps(str(config['paper']))}"] if config.get("paper") else []
         given += [f"runs.download={str(bool(config['download'])).lower()}"] if config.get("download") else []
         overrides = normalise_overrides(config.get("overrides"))
+        if architectures := _names(config.get("architectures")):
+            overrides.append(f"study.architectures=[{','.join(architectures)}]")
         published = "runs=published" in [*given, *overrides]
         if not published and len(given) > given.count("runs=trained"):
             raise ConfigError("paper and download name published runs: add runs=published")
@@ -131,8 +140,7 @@ class WorkflowStudy:
     @cached_property
     def compared(self) -> list[Path]:
         """Folders of the studies that this one is compared with; ConfigError where one has no fits."""
-        names = self._compare.replace(",", " ").split() if isinstance(self._compare, str) else self._compare
-        folders = [self.paths.results / str(name) for name in names]
+        folders = [self.paths.results / name for name in _names(self._compare)]
         for folder in folders:
             if folder == self.paths.study:
                 raise ConfigError(f"compare={folder.name}: that is this study; name others")

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from xlstm_scaling.accounting import (
+    architecture,
     count_flops,
     count_params,
     make_shape,
@@ -72,7 +73,7 @@ def test_tfla_saves_causal_work_only_in_long_chunks():
     assert intra_128 * 0.75 < 4 * per_chunk  # what the factor is there for
 
 
-@pytest.mark.parametrize("arch", ["xlstm", "transformer"])
+@pytest.mark.parametrize("arch", ["xlstm", "transformer", "hybrid"])
 @pytest.mark.parametrize(("dim", "blocks", "heads", "T"), [(64, 2, 2, 128), (96, 1, 3, 64), (128, 3, 4, 200)])
 def test_traced_agrees(arch, dim, blocks, heads, T):
     """torch's counter sees the linear layers exactly as the formula does, and attention without causality."""
@@ -81,13 +82,17 @@ def test_traced_agrees(arch, dim, blocks, heads, T):
     shape = make_shape(arch, dim, blocks, heads, 256)
     traced, formula = traced_flops(shape, T), count_flops(shape, T)
     assert traced.linear == formula.linear
-    if arch == "transformer":  # scores and weighted values over all T x T pairs; the softmax is not counted
-        assert traced.sequence_mixing == blocks * 2 * T**2 * heads * (shape.head_dim_qk + shape.head_dim_v)
-    else:  # matrix products of the chunkwise form: K'V, QK', SV, QC, Qn per chunk (padded to whole chunks)
-        L = min(shape.chunk_size, T)
-        chunks, dk, dv = -(-T // L), shape.head_dim_qk, shape.head_dim_v
-        products = 2 * L * dk * dv + 2 * L * L * dk + 2 * L * L * dv + 2 * L * dk * dv + 2 * L * dk
-        assert traced.sequence_mixing == blocks * heads * chunks * products
+    expected = 0
+    for one in architecture(arch).block_shapes(shape):
+        H, dk, dv = one.num_heads, one.head_dim_qk, one.head_dim_v
+        if one.arch == "transformer":  # scores and weighted values over all T x T pairs; the softmax is not counted
+            expected += 2 * T**2 * H * (dk + dv)
+        else:  # matrix products of the chunkwise form: K'V, QK', SV, QC, Qn per chunk (padded to whole chunks)
+            L = min(shape.chunk_size, T)
+            expected += (
+                H * -(-T // L) * (2 * L * dk * dv + 2 * L * L * dk + 2 * L * L * dv + 2 * L * dk * dv + 2 * L * dk)
+            )
+    assert traced.sequence_mixing == expected
 
 
 def test_inference_counts_scale_as_they_should():

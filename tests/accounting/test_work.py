@@ -16,6 +16,7 @@ from xlstm_scaling.accounting import (
 )
 
 SHAPES = [make_shape("xlstm", 96, 3, 4, 500, chunk_size=128), make_shape("transformer", 96, 3, 2, 500)]
+SHAPES.append(make_shape("hybrid", 96, 5, 4, 500, attention_every=2))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.arch)
@@ -42,7 +43,9 @@ def test_arrays_give_what_numbers_give(shape):
 
 
 def test_scores_and_streams_by_hand():
-    xlstm, transformer = SHAPES
+    xlstm, transformer, hybrid = SHAPES
+    # five blocks: three of 4 heads in a row, two whose queries do not wait
+    assert prefill_work(hybrid, 10, 2).streams == pytest.approx(5 / (3 / (2 * 4) + 2 / (2 * 4 * 10)))
     assert prefill_work(transformer, 10, 2).scores == pytest.approx(2 * 3 * 2 * 0.65 * 100)
     assert step_work(transformer, 10, 2).scores == 2 * 3 * 2 * 11
     assert prefill_work(xlstm, 10, 2).scores == step_work(xlstm, 10, 2).scores == 0

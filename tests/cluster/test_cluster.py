@@ -169,6 +169,7 @@ def test_tables_are_those_of_a_local_run_loss_by_loss(study, local):
 def test_the_study_is_complete_and_short_runs_shared_jobs(study):
     results, happened = study
     assert (results / "smoke" / "report.html").stat().st_size > 500_000
+    assert (results / "smoke" / "workflow-report.html").stat().st_size > 500_000
     jobs = len(set(re.findall(r"submitted with SLURM jobid (\d+)", happened["text"])))
     runs = len(list((results / "runs").glob("*/result.json")))
     # certify, tokens, evaluate, inference, fit, figures, and packs of at most six runs

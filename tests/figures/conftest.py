@@ -18,7 +18,7 @@ def tables(frames):
 
 @pytest.fixture(scope="session")
 def three():
-    return Tables(frames=make_tables(("xlstm", "transformer", "hybrid")))
+    return Tables(frames=make_tables(("xlstm", "transformer", "mamba")))
 
 
 @pytest.fixture(scope="session")

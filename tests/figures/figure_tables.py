@@ -8,7 +8,7 @@ import pandas as pd
 LAWS = {  # E, A, alpha, B, beta of L = E + A/N^alpha + B/D^beta
     "xlstm": (1.62, 60.0, 0.33, 92.0, 0.30),
     "transformer": (1.62, 63.0, 0.33, 99.0, 0.30),
-    "hybrid": (1.62, 61.0, 0.33, 95.0, 0.30),
+    "mamba": (1.62, 61.0, 0.33, 95.0, 0.30),
 }
 BUDGETS, CONTEXTS, RATIOS = (3e11, 1e12, 3e12), (256, 512, 1024), (22, 110, 550)
 BASE = 512
@@ -208,10 +208,12 @@ def fit_pareto(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             ratio = cost.get("transformer", np.nan) / cost.get("xlstm", np.nan)
             ratios.append(
                 {
+                    "arch": "xlstm",
+                    "other": "transformer",
                     "context_length": context,
                     "val_loss": value,
-                    "flops_xlstm": cost.get("xlstm"),
-                    "flops_transformer": cost.get("transformer"),
+                    "flops": cost.get("xlstm"),
+                    "flops_other": cost.get("transformer"),
                     "flop_ratio": ratio,
                     "flop_ratio_lo": ratio / 1.12,
                     "flop_ratio_hi": ratio * 1.13,

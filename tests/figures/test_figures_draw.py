@@ -39,7 +39,7 @@ def test_axes_are_labelled_with_units(name, tables):
 @pytest.mark.parametrize("name", FIGURES)
 def test_third_architecture_is_drawn_in_its_own_colour(name, three):
     figure = draw(name, three)
-    assert "hybrid" in words(figure)
+    assert "mamba" in words(figure)
     styles = arch_styles(three.archs)
     assert len({style.colour for style in styles.values()}) == len({style.marker for style in styles.values()}) == 3
 
@@ -89,7 +89,7 @@ def test_pareto_frontier_and_ratio_are_those_of_the_tables(tables):
         (line,) = by_gid(figure, f"frontier-{arch}")
         np.testing.assert_array_equal(line.get_xydata(), rows[["num_flops", "val_loss"]].to_numpy())
         assert to_rgba(line.get_color()) == to_rgba(COLOURS[arch])
-    (line,) = by_gid(figure, "flop-ratio")
+    (line,) = by_gid(figure, "flop-ratio-xlstm-transformer")
     rows = ratio[ratio["context_length"] == 512].sort_values("val_loss")
     np.testing.assert_array_equal(line.get_xydata(), rows[["flop_ratio", "val_loss"]].to_numpy())
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlstm_scaling.fitting.isoflop import fit_isoflop, weighted_parabolas
-from xlstm_scaling.fitting.power_law import DIFFERENCE, fit_power_laws
+from xlstm_scaling.fitting.power_law import difference, fit_power_laws
 from xlstm_scaling.fitting.resampling import bootstrap_counts, percentile_interval
 from xlstm_scaling.fitting.tables import usable_runs
 
@@ -111,11 +111,11 @@ def test_power_laws_recover_the_planted_exponents(config, planted, make_runs):
         )
         assert laws.loc[(arch, "num_tokens", 512.0), "exponent"] == pytest.approx(1 - found["exponent"], abs=1e-6)
         assert laws.loc[(arch, "loss", 512.0), "exponent"] < 0
-    difference = laws.loc[(DIFFERENCE, "num_params", 512.0)]
+    gap = laws.loc[(difference("xlstm", "transformer"), "num_params", 512.0)]
     exponents = [laws.loc[(arch, "num_params", 512.0), "exponent"] for arch in ("xlstm", "transformer")]
-    assert difference["exponent"] == pytest.approx(exponents[0] - exponents[1])
-    assert difference["exponent_lo"] <= difference["exponent"] <= difference["exponent_hi"]
-    assert np.isnan(difference["log10_coefficient"])
+    assert gap["exponent"] == pytest.approx(exponents[0] - exponents[1])
+    assert gap["exponent_lo"] <= gap["exponent"] <= gap["exponent_hi"]
+    assert np.isnan(gap["log10_coefficient"])
     assert (bands["value_lo"] <= bands["value_hi"]).all()
     flat = fit_power_laws(*fit_isoflop(runs, config), config, runs)[0]
     flat = flat[(flat["predictor"] == "context_length") & (flat["arch"] == "xlstm")]

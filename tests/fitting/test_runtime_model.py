@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from xlstm_scaling.accounting import Work, count_params, make_shape
+from xlstm_scaling.accounting.caches import memory_share
 from xlstm_scaling.accounting.hardware import DEVICES
 from xlstm_scaling.fitting import FitError
 from xlstm_scaling.fitting.runtime_command import run_runtime
@@ -16,13 +17,16 @@ from xlstm_scaling.fitting.runtime_model import fit_runtime_models, predict_step
 from xlstm_scaling.fitting.runtime_prediction import _times
 from xlstm_scaling.fitting.runtime_solver import TERMS, Design, elasticities, solve
 from xlstm_scaling.fitting.runtime_tables import (
+    CACHE_MARGIN,
     COUNTS,
     MODEL_COLUMNS,
     PARAMETERS,
     PREDICTION_COLUMNS,
+    PROBE_MARGIN,
     RATES,
     constants,
     costs_of,
+    device_limits,
     peak_rates,
     term_counts,
 )
@@ -128,10 +132,10 @@ def test_overheads_of_equally_deep_models_are_not_told_apart(settings):
     table = planted(shapes=((256, 4, 2), (512, 4, 4), (1024, 4, 16), (2048, 4, 8)))
     models, _ = fit_runtime_models(table, settings)
     for row in models.to_dict("records"):
-        assert "overhead_per_block_s is not told apart from overhead_s" in row["detail"]
-        assert row["overhead_per_block_s"] == 0
-        together = 4 * PLANTED["transformer", row["quantity"]]["overhead_per_block_s"]
-        assert row["overhead_s"] == pytest.approx(together, rel=0.1)
+        assert "overhead_s is not told apart from overhead_per_block_s" in row["detail"]
+        assert row["overhead_s"] == 0
+        truth = PLANTED["transformer", row["quantity"]]["overhead_per_block_s"]
+        assert row["overhead_per_block_s"] == pytest.approx(truth, rel=0.1)
 
 
 def test_no_rate_exceeds_the_data_sheet(settings):
@@ -143,9 +147,77 @@ def test_no_rate_exceeds_the_data_sheet(settings):
         peak = {"flops_per_s": sheet.flops_per_s("float32"), "bytes_per_s": sheet.bytes_per_s}
         limit = next((value for end, value in peak.items() if name.endswith(end)), np.inf)
         assert (models[name].dropna() <= limit * (1 + 1e-9)).all(), name
-    assert models["detail"].str.contains("data sheet").any()
-    assert np.isfinite(peak_rates("NVIDIA H100 80GB HBM3", "bfloat16")).any()
-    assert np.isinf(peak_rates("AMD EPYC", "float32")).all()
+    assert models["detail"].str.contains("device.s peak").any()
+    assert np.isfinite(peak_rates(device_limits("NVIDIA H100 80GB HBM3", "bfloat16"))).any()
+    assert np.isinf(peak_rates(device_limits("AMD EPYC", "float32"))).all()
+
+
+CACHE_BYTES = 3e7
+CACHED_SHAPES = ((128, 2, 2), (256, 2, 2), (320, 4, 4), (512, 4, 4), (768, 6, 6), (1024, 8, 8))
+#: with overheads that leave the cache to be seen
+CACHED = {"cache_bytes": CACHE_BYTES, "linear_flops_per_s": 5e12, "overhead_s": 1e-5, "overhead_per_block_s": 1e-5,
+          "overhead_per_batched_block_s": 0.0, "overhead_per_sequence_s": 0.0}  # fmt: skip
+
+
+def probed(cache_bytes, **others):
+    """The table ``device`` of a machine of its own, as far as the fit looks at it."""
+    quantities = {"flops_per_s": 4e13, "bytes_per_s": 4e11, "cached_bytes_per_s": 2e12, "cache_bytes": cache_bytes}
+    rows = [{"quantity": name, "value": value, "value_hi": value} for name, value in (quantities | others).items()]
+    return pd.DataFrame(rows).assign(device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_planted_cache_comes_back_and_extrapolates_to_models_that_lie_in_it(settings, arch):
+    table = planted(noise=0.02, archs=(arch,), change=CACHED, shapes=CACHED_SHAPES)
+    steps = []
+    for device in (None, probed(1.5 * CACHE_BYTES)):
+        models, predictions = fit_runtime_models(table, settings, device)
+        steps.append(models[models["quantity"] == "step_time"].iloc[0])
+        unseen = predictions[(predictions["quantity"] == "step_time") & predictions["held_out"]]
+        smallest = unseen[unseen["num_params"] == table["num_params"].min()]
+        steps[-1]["smallest"] = (smallest["predicted_s"] / smallest["measured_s"] - 1).abs().mean()
+    without, found = steps
+    assert without["cache_bytes"] == 0 and found["cache_bytes"] == pytest.approx(CACHE_BYTES, rel=0.2)
+    assert found["mape_fit"] < 0.03 < 0.08 < without["mape_fit"]
+    assert found["mape_held_out"] < 0.03 and found["smallest"] < 0.05 < 0.2 < without["smallest"]
+
+
+def test_the_cache_is_bound_by_what_the_probe_saw(settings):
+    table = planted(noise=0.02, change=CACHED, shapes=CACHED_SHAPES)
+    models, _ = fit_runtime_models(table, settings, probed(CACHE_BYTES / 10))
+    assert (models["cache_bytes"] > 0).any()
+    assert (models["cache_bytes"] <= CACHE_BYTES / 10 * CACHE_MARGIN * (1 + 1e-9)).all()
+    no_cache = probed(CACHE_BYTES)[lambda rows: rows["quantity"] != "cache_bytes"]
+    models, _ = fit_runtime_models(table, settings, no_cache)
+    assert (models["cache_bytes"] == 0).all()
+
+
+def test_limits_are_those_of_the_data_sheet_else_of_the_probe():
+    sheet, table = DEVICES["H100"], probed(1e7, bytes_per_s=1.0)
+    limits = device_limits("NVIDIA H100 80GB HBM3", "bfloat16", table)
+    assert limits["flops_per_s"][1] == sheet.bf16_flops_per_s and limits["cache_bytes"][1] == sheet.cache_bytes
+    assert device_limits("cpu", "float32") == {} and device_limits("cpu", "bfloat16", table) == {}
+    limits = device_limits("cpu", "float32", pd.concat([table, table.assign(device="another", value_hi=1e30)]))
+    assert set(limits) == {"flops_per_s", "bytes_per_s", "cache_bytes"}
+    assert limits["flops_per_s"] == (0.0, PROBE_MARGIN * 4e13) and limits["bytes_per_s"] == (0.0, PROBE_MARGIN)
+    assert limits["cache_bytes"] == (1e7 / CACHE_MARGIN, 1e7 * CACHE_MARGIN)
+    peaks = dict(zip(TERMS, peak_rates(limits)))
+    assert peaks["linear_flops"] == PROBE_MARGIN * 4e13 and peaks["weight_bytes"] == PROBE_MARGIN
+    assert np.isinf(peaks["block"]) and np.isinf(peaks["cache"])
+
+
+def test_a_table_of_constants_from_before_the_cache_predicts_as_without_one():
+    shape, row = make_shape("transformer", 512, 4, 4, 1024), row_of("transformer", "step_time")
+    assert row["cache_bytes"] == 0
+    old = {name: value for name, value in row.items() if name != "cache_bytes"}
+    assert float(predict_step_time_s(old, shape, 2, 100)) == float(predict_step_time_s(row, shape, 2, 100))
+
+
+def test_the_share_of_memory_falls_from_all_to_none_around_the_cache():
+    held = np.geomspace(1e-3, 1e6, 100)
+    share = memory_share(held)
+    assert (np.diff(share) <= 0).all() and share[0] == pytest.approx(1) and 0 < share[-1] < 1e-6
+    assert memory_share(1.0) == 0.5 and memory_share(0.0) == 1.0
 
 
 def test_constants_are_never_negative(settings):
@@ -199,6 +271,7 @@ def test_times_grow_with_batch_and_length(arch, quantity):
     """Every pair of neighbours on a grid, with all terms in play."""
     everything = {"linear_flops_per_s": 3e13, "mixing_flops_per_s": 1e13, "state_bytes_per_s": 1e11}
     everything |= {"scores_per_s": 1e10, "parallel_streams": 300.0, "overhead_s": 1e-4, "overhead_per_sequence_s": 1e-6}
+    everything["cache_bytes"] = 1e8
     row, shape = row_of(arch, quantity, everything), make_shape(arch, 512, 4, 4, 1024)
     batch, length = np.meshgrid([1, 2, 3, 7, 50, 400, 3000], [1, 2, 63, 64, 65, 1000, 20000, 500000], indexing="ij")
     predict = predict_ttft_s if quantity == "ttft" else predict_step_time_s
@@ -218,9 +291,10 @@ def test_one_prediction_by_hand():
     row = row_of("transformer", "ttft", {
         "linear_flops_per_s": 2.0, "weight_bytes_per_s": 3.0, "mixing_flops_per_s": 5.0, "scores_per_s": 8.0,
         "state_bytes_per_s": 4.0, "parallel_streams": 10.0, "activation_bytes_per_s": 6.0, "overhead_s": 100.0,
-        "overhead_per_block_s": 10.0, "overhead_per_batched_block_s": 1.0, "overhead_per_sequence_s": 1000.0,
+        "overhead_per_block_s": 10.0, "overhead_per_batched_block_s": 1.0, "overhead_per_sequence_s": 1000.0, "cache_bytes": 4.0,
     }, norm_p=2.0)  # fmt: skip
-    expected = np.hypot(4, 2) + (2 + 0.5 + 0.5) * np.hypot(1, 2) + 0.5 + 100 + 3 * (10 + 1) + 1000 * 7
+    missed = 16 / 17  # 1 / (1 + (4 / 8)^4)
+    expected = np.hypot(4, 2 * missed) + (2 + 0.5 + 0.5 * missed) * np.hypot(1, 2) + 0.5 + 100 + 3 * (10 + 1) + 1000 * 7
     assert float(_times(row, work, shape, np.float64(7))) == pytest.approx(expected, rel=1e-12)
     assert float(_times(row, work, shape, np.float64(1))) == pytest.approx(expected - 3 - 6000, rel=1e-12)
 
@@ -275,8 +349,8 @@ def test_gradient_is_that_of_finite_differences():
             ends.append(np.log(design.predict_costs(design.costs(moved))))
         assert np.allclose((ends[0] - ends[1]) / 2e-5, elasticities(design, theta)[:, k], atol=1e-8)
     found = solve(design, np.ones(len(TERMS), bool), 0.1)
-    shares = np.delete(elasticities(design, found.theta), TERMS.index("wait"), axis=1)
-    assert np.allclose(shares.sum(1), 1)  # the wait only stretches the mixing
+    shares = np.delete(elasticities(design, found.theta), [TERMS.index(name) for name in ("wait", "cache")], axis=1)
+    assert np.allclose(shares.sum(1), 1)  # these two only stretch and shorten others
 
 
 def test_the_second_version_of_times_is_fitted_apart(settings):

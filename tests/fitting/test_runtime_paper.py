@@ -8,7 +8,8 @@ from xlstm_scaling.accounting.hardware import DEVICES
 from xlstm_scaling.fitting.runtime_model import fit_runtime_models, predict_step_time_s, predict_ttft_s
 from xlstm_scaling.fitting.runtime_tables import PARAMETERS, RATES
 from xlstm_scaling.fitting.runtime_versions import doubling_growth, is_steady
-from xlstm_scaling.inference.counts import add_counts, row_shape
+from xlstm_scaling.accounting import shape_of_row
+from xlstm_scaling.inference.counts import add_counts
 from xlstm_scaling.study.published import measurements_table
 
 #: mean absolute relative errors that the fit has to reach, and those of sizes that it has not seen
@@ -82,7 +83,7 @@ def test_predictions_of_the_functions_are_those_of_the_table(measurements, fits)
     for (arch, quantity), part in fitted.groupby(["arch", "quantity"]):
         row = models[(models["arch"] == arch) & (models["quantity"] == quantity)].iloc[0]
         largest = part[part["num_params"] == part["num_params"].max()].sort_values(["batch_size", "prefill_length"])
-        shape = row_shape(measurements[measurements["model"] == largest["model"].iloc[0]].iloc[0])
+        shape = shape_of_row(measurements[measurements["model"] == largest["model"].iloc[0]].iloc[0])
         batch, length = (largest[name].to_numpy() for name in ("batch_size", "prefill_length"))
         if quantity == "step_time":
             times = predict_step_time_s(row, shape, batch, length + 49.5)

@@ -9,7 +9,7 @@ from xlstm_scaling.models import build_model
 def lively_model(arch, dtype=torch.float32, vocab_size=37, embedding_dim=16, num_blocks=2, num_heads=2, chunk=4):
     """A model with random gates, norms and biases; ``chunk`` is that of the mLSTM kernel."""
     shape = make_shape(arch, embedding_dim, num_blocks, num_heads, vocab_size, chunk_size=chunk)
-    options = {"kernel_chunk_size": chunk} if arch == "xlstm" else {}
+    options = {"kernel_chunk_size": chunk} if arch != "transformer" else {}
     model = build_model(shape, compute_dtype=dtype, seed=3, **options).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from dying import Build, Dying, never
 from xlstm_scaling.accounting import count_params, make_shape, prefill_flops, step_flops
 from xlstm_scaling.experiments import profile_settings
 from xlstm_scaling.inference.benchmark import BenchmarkError, BenchmarkModel, measure, untrained_models
-from xlstm_scaling.inference.cells import Cell, expect, predicted_memory
+from xlstm_scaling.inference.cells import MOST_ROUND_PASSES, PREDICTION_MARGIN, Cell, expect, predicted_memory
 from xlstm_scaling.inference.counts import COUNT_COLUMNS, add_counts
 from xlstm_scaling.inference.records import MEASUREMENT_COLUMNS, Records
 from xlstm_scaling.inference.timing import prepare
@@ -73,7 +73,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(config, tmp_path):
     kept, cut = lines[:7], lines[7]  # warm-ups, the first repeat of three cells, and the fourth cut in a line
     records.write_text("\n".join(kept) + "\n" + cut[:20])
     again = measure([model], config, tmp_path, progress=False)
-    assert ledger.read_text().count("built") == 2
+    assert ledger.read_text().count("built") == 4  # a process a round
     passes = [json.loads(line) for line in records.read_text().splitlines() if line[:20] != cut[:20] or line == cut]
     done = {cell["key"]: cell for cell in passes}
     before = {cell["key"]: cell for cell in map(json.loads, kept)}
@@ -82,9 +82,24 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(config, tmp_path):
         assert cell["ttft_s"][: len(before[key]["ttft_s"])] == before[key]["ttft_s"]  # never measured twice
     assert (again["status"] == "ok").all() and not again["ttft_s"].equals(first["ttft_s"])
     measure([model], config, tmp_path, progress=False)
-    assert ledger.read_text().count("built") == 2  # complete: nothing is built
+    assert ledger.read_text().count("built") == 4  # complete: nothing is built
     measure([model], config | {"repeats": 3}, tmp_path, progress=False)
-    assert ledger.read_text().count("built") == 3  # other settings are other cells
+    assert ledger.read_text().count("built") == 7  # other settings are other cells
+
+
+def test_short_passes_are_repeated_within_a_round(config, tmp_path):
+    """As many as ``round_s`` allows, one after another, and never more than a record should hold."""
+    long_rounds = config | {"round_s": 1e6, "prefill_lengths": [5], "batch_sizes": [1]}
+    table = measure([tiny()], long_rounds, tmp_path, progress=False)
+    assert table["repeats"].tolist() == [2 * MOST_ROUND_PASSES]
+    lines = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
+    assert [len(cell["ttft_s"]) for cell in lines] == [0, MOST_ROUND_PASSES, 2 * MOST_ROUND_PASSES]
+    # interrupted after a round, it takes the passes of the other as they were planned
+    (tmp_path / "measurements.jsonl").write_text(json.dumps(lines[1] | {"round_passes": 3}) + "\n")
+    again = measure([tiny()], long_rounds, tmp_path, progress=False)
+    assert again["repeats"].tolist() == [MOST_ROUND_PASSES]  # more than two rounds of three: nothing is left to do
+    (tmp_path / "measurements.jsonl").write_text(json.dumps(lines[1] | {"round_passes": 5}) + "\n")
+    assert measure([tiny()], long_rounds, tmp_path, progress=False)["repeats"].tolist() == [10]
 
 
 KILLED = """
@@ -96,12 +111,12 @@ from xlstm_scaling.inference.benchmark import measure
 
 if __name__ == "__main__":
     how = f"parent:{sys.argv[3]}/measurements.jsonl:9"  # four warm-ups, four first repeats and a second one
-    measure([tiny(build=Dying(SHAPE, 16, how, 5))], json.loads(sys.argv[2]), sys.argv[3], progress=False)
+    measure([tiny(build=Dying(SHAPE, 16, how))], json.loads(sys.argv[2]), sys.argv[3], progress=False)
 """
 
 
 def test_a_stage_that_is_killed_goes_on_with_what_it_had(config, tmp_path):
-    """SIGKILL in the second repeat of the first batch's longer prefill: its 5th prompt of 16 tokens."""
+    """SIGKILL in the second round of the first batch's longer prefill."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     words = [sys.executable, str(script), str(Path(__file__).parent), json.dumps(config), str(tmp_path)]
@@ -172,13 +187,13 @@ def test_a_cell_that_memory_cannot_hold_is_never_run(config, tmp_path):
 
 
 def test_predicted_times_follow_the_flops(config):
-    """pass time x FLOPs x passes, against twice max_cell_s: the longest prefill that is tried is that of this rule."""
+    """pass time x FLOPs x passes, against max_cell_s and a margin: the longest prefill that is tried is that of this rule."""
     before = Cell(1, 100, "a", pass_s=0.5)
     for length in (200, 1000, 5000, 20_000):
         cell = Cell(1, length, "b")
         predicted_s = 0.5 * prefill_flops(SHAPE, length) / prefill_flops(SHAPE, 100) * 3
         tried = expect(cell, [before], SHAPE, config, 1e12)
-        assert tried == (predicted_s <= 2 * config["max_cell_s"])
+        assert tried == (predicted_s <= PREDICTION_MARGIN * config["max_cell_s"])
         assert tried or (cell.status == "skipped" and f"{predicted_s:.3g} s" in cell.detail)
     assert not expect(Cell(2, 20_000, "c"), [before, Cell(1, 20_000, "b", status="skipped")], SHAPE, config, 1e12)
     assert expect(Cell(1, 200, "c"), [Cell(1, 100, "b", status="failed")], SHAPE, config, 1e12)
@@ -204,7 +219,7 @@ def test_memory_is_judged_by_accounting_and_by_what_was_measured(config):
 @pytest.mark.parametrize(
     "change",
     [{"repeats": 0}, {"warmup": 0}, {"prefill_lengths": []}, {"batch_sizes": [0]}, {"max_cell_s": 0},
-     {"prefill_chunk": 0}],
+     {"prefill_chunk": 0}, {"round_s": -1.0}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(config, tmp_path, change):
     with pytest.raises(ValueError, match=next(iter(change))):

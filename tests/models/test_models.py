@@ -11,6 +11,7 @@ from xlstm_scaling.models import MODELS, build_model
 SHAPES = {
     "xlstm": make_shape("xlstm", 32, 2, 2, 61),
     "transformer": make_shape("transformer", 32, 2, 4, 61),
+    "hybrid": make_shape("hybrid", 32, 3, 2, 61, attention_every=2),
 }
 ARCHS = sorted(SHAPES)
 
@@ -114,8 +115,8 @@ def test_initialisation_follows_the_seed_and_the_design(arch):
     assert not torch.equal(a.embedding.weight, c.embedding.weight)
     assert a.embedding.weight.std().item() == pytest.approx(math.sqrt(2 / (5 * 256)), rel=0.02)
     down = a.blocks[0].ffn.down.weight.std().item()
-    assert down == pytest.approx({"xlstm": 1.0, "transformer": 0.5}[arch] * 2 / 4 / 16, rel=0.02)
-    if arch == "xlstm":
+    assert down == pytest.approx({"xlstm": 1.0, "transformer": 0.5, "hybrid": 1.0}[arch] * 2 / 4 / 16, rel=0.02)
+    if arch != "transformer":
         layer = a.blocks[0].mlstm
         assert not layer.gates.weight.any()
         assert layer.gates.bias[:4].tolist() == [-10.0] * 4
@@ -179,7 +180,12 @@ def test_unknown_architecture_is_named():
 
 @pytest.mark.parametrize(
     ("arch", "options"),
-    [("xlstm", {}), ("xlstm", {"kernel_form": "parallel", "kernel_backend": "torch"}), ("transformer", {})],
+    [
+        ("xlstm", {}),
+        ("xlstm", {"kernel_form": "parallel", "kernel_backend": "torch"}),
+        ("transformer", {}),
+        ("hybrid", {}),
+    ],
 )
 def test_a_model_says_which_kernels_it_asks_for(arch, options, monkeypatch):
     from xlstm_scaling.models import layers, xlstm
@@ -202,12 +208,12 @@ def test_a_new_architecture_brings_its_own_kernels(monkeypatch):
 
     from xlstm_scaling.kernels.certification.usage import used_kernels
 
-    class Recurrent(MODELS["xlstm"].block):
+    class Recurrent(MODELS["xlstm"].kinds["xlstm"]):
         @classmethod
         def operations(cls, **options):
             return [("mlstm", "recurrent", "torch")]
 
-    monkeypatch.setitem(MODELS, "third", type("Third", (MODELS["xlstm"],), {"block": Recurrent}))
+    monkeypatch.setitem(MODELS, "third", type("Third", (MODELS["xlstm"],), {"kinds": {"xlstm": Recurrent}}))
     spec = SimpleNamespace(arch="third", model_options={"kernel_form": "chunkwise"}, compute_dtype="float32")
     first, *others = used_kernels(spec, "cpu")
     assert first == ("mlstm", "recurrent", "torch", "float32")

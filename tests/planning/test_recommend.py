@@ -126,12 +126,12 @@ def test_extrapolation_is_named_with_its_factor(laws):
 
 
 def test_an_architecture_that_cannot_be_counted_is_left_out_and_said(laws):
-    hybrid = replace(laws, archs={"hybrid": replace(laws.archs["xlstm"], arch="hybrid"), **laws.archs})
-    answer = recommend(Question(BASE, flops=1e20), hybrid)
+    mamba = replace(laws, archs={"mamba": replace(laws.archs["xlstm"], arch="mamba"), **laws.archs})
+    answer = recommend(Question(BASE, flops=1e20), mamba)
     assert set(answer["architectures"]) == {"xlstm", "transformer"}
-    assert any("hybrid" in note for note in answer["notes"])
-    with pytest.raises(ValueError, match="hybrid"):
-        recommend(Question(BASE, flops=1e20), replace(hybrid, archs={"hybrid": hybrid.archs["hybrid"]}))
+    assert any("mamba" in note for note in answer["notes"])
+    with pytest.raises(ValueError, match="mamba"):
+        recommend(Question(BASE, flops=1e20), replace(mamba, archs={"mamba": mamba.archs["mamba"]}))
 
 
 def test_training_time_and_memory(laws):

@@ -90,7 +90,7 @@ def test_state_grows_with_the_prompt_in_the_transformer_alone():
 
 def test_measured_memory_grows_by_at_least_the_cache(paper):
     """The authors' Transformers: what a longer prompt adds to the memory they reserved covers our keys and values."""
-    from xlstm_scaling.inference.counts import row_shape
+    from xlstm_scaling.accounting import shape_of_row
     from xlstm_scaling.study.published import measurements_table
 
     table = measurements_table(pd.read_csv(paper / "inference.csv"), {"device": "d", "dtype": "bfloat16"})
@@ -99,7 +99,7 @@ def test_measured_memory_grows_by_at_least_the_cache(paper):
     for _, rows in table.groupby("model"):
         rows = rows.set_index("prefill_length")["peak_memory_bytes"].to_dict() | {"row": rows.iloc[0]}
         if {2048, 8192} <= set(rows):
-            shape = row_shape(rows["row"])
+            shape = shape_of_row(rows["row"])
             cache = state_bytes(shape, 8192, 8) - state_bytes(shape, 2048, 8)
             assert cache <= rows[8192] - rows[2048] < 3 * cache
             checked += 1

@@ -32,7 +32,14 @@ def surface(arch, exponent, half, status="converged", subset="all", form="gamma_
 
 def ratio(*values, half=0.1):
     rows = [
-        {"context_length": 256, "val_loss": 3 + i / 10, "flop_ratio": v, "flop_ratio_lo": v - half}
+        {
+            "arch": "xlstm",
+            "other": "transformer",
+            "context_length": 256,
+            "val_loss": 3 + i / 10,
+            "flop_ratio": v,
+            "flop_ratio_lo": v - half,
+        }
         | {"flop_ratio_hi": v + half}
         for i, v in enumerate(values)
     ]

@@ -1,8 +1,10 @@
 """Configuration: what is unknown or mistyped is named before any work starts."""
 
+import shutil
+
 import pytest
 
-from xlstm_scaling.study.config import ConfigError, compose, normalise_overrides, to_dict
+from xlstm_scaling.study.config import ConfigError, compose, conf_dir, normalise_overrides, to_dict
 
 STUDIES = ["laptop", "smoke", "paper", "single"]
 
@@ -26,11 +28,26 @@ def test_every_study_composes(study):
         ("+training.optimizer.momentum=0.9", "momentum"),
         ("hardware.threads_per_run=two", "could not be converted to Integer"),
         ("a=b=c=d", "a"),
+        ("study=laptp", "did you mean laptop"),
+        ("training.sed=1", "did you mean training.seed"),
+        ("training.seed=one", "^training.seed: "),
+        ("corpus.path=text", "add corpus=folder"),
+        ("+training.optimizer.beta_1=0.9", "did you mean training.optimizer.beta1"),
     ],
 )
 def test_a_bad_override_is_named(override, message):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         compose([override])
+
+
+def test_a_study_without_its_first_line_is_explained(tmp_path, monkeypatch):
+    folder = tmp_path / "conf"
+    shutil.copytree(conf_dir(), folder)
+    text = (folder / "study" / "smoke.yaml").read_text()
+    (folder / "study" / "mine.yaml").write_text(text.replace("# @package _global_", "# my study"))
+    monkeypatch.setenv("XLSTM_SCALING_CONF", str(folder))
+    with pytest.raises(ConfigError, match=r"conf/study/mine\.yaml must begin with the line `# @package _global_`"):
+        compose(["study=mine"])
 
 
 def test_overrides_in_any_form():

@@ -1,9 +1,12 @@
 """Calling Snakemake and reading its plan."""
 
+import functools
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,16 +15,31 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 pytest.importorskip("snakemake", reason="Snakemake is not installed (pip install xlstm-scaling[workflow])")
 
 
-def snakemake(*words, cwd, conf=None, check=True, repository=REPOSITORY, **variables):
-    environment = dict(os.environ) | variables
+@functools.cache
+def server():
+    """The process that calls of Snakemake are forked from; it ends with this one, when its input is closed."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "forks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def snakemake(*words, cwd, conf=None, check=True, repository=REPOSITORY, without=(), **variables):
+    """The output of a call of Snakemake; ``without``: variables that it does not get."""
+    environment = {key: value for key, value in os.environ.items() if key not in without} | variables
     environment.pop("XLSTM_SCALING_SESSION", None)
     if conf is not None:
         environment["XLSTM_SCALING_CONF"] = str(conf)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2", *words]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    words = ["--snakefile", str(repository / "Snakefile"), "--cores", "2", *words]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        request = {"words": words, "cwd": str(cwd), "env": environment, "out": str(out)}
+        print(json.dumps(request), file=server().stdin, flush=True)
+        status = server().stdout.readline().strip()
+        text = out.read_text()
+    assert status, "the process that Snakemake is forked from has ended"
     if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+        assert status == "0", text[-6000:]
+    return text
 
 
 def planned(text):

@@ -28,6 +28,7 @@ def test_every_stage_is_a_target(tmp_path):
         "figures",
         "findings",
         "report",
+        "workflow_report",
     )
     text = snakemake("-n", *stages, "--config", "study=smoke", cwd=tmp_path)  # a name that is no target is an error
     assert set(stages) <= planned(text).keys()
@@ -59,8 +60,8 @@ def finished(tiny_overrides, text_folder, tmp_path_factory):
 def test_a_study_runs_to_its_report_and_then_rests(finished):
     folder, conf, words = finished
     results = folder / "results"
-    report = (results / "tiny" / "report.html").read_text()
-    assert len(report) > 500_000
+    for name in ("report.html", "workflow-report.html"):
+        assert (results / "tiny" / name).stat().st_size > 300_000, name
     for name in ("loss_vs_flops", "isoflop_curves", "ttft"):
         assert (results / "tiny" / "figures" / f"{name}.svg").stat().st_size > 1000
     runs = [json.loads(path.read_text()) for path in (results / "runs").glob("*/result.json")]
@@ -97,7 +98,7 @@ def test_a_setting_of_the_fits_retrains_nothing(finished):
 @pytest.mark.slow
 def test_a_setting_of_the_evaluation_repeats_what_follows_from_it_alone(finished):
     jobs = changed(finished, "evaluation.multiple=4")
-    assert {name for name in jobs if name != "all"} == {"evaluate", "figures", "findings", "report"}
+    assert {name for name in jobs if name != "all"} == {"evaluate", "figures", "findings", "report", "workflow_report"}
 
 
 @pytest.mark.slow

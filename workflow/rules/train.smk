@@ -1,6 +1,7 @@
 # several devices a run: a process each, by torchrun (docs/distribution.md)
 DEVICES = study.config.hardware.devices_per_run
 JOBS = study.resources
+ARGUMENTS = study.arguments
 if "SLURM_JOB_ID" in os.environ and workflow.remote_exec:
     # a job of the profile slurm: it may have several nodes, and goes on in a next job where it is stopped
     TRAIN = f"exec python -m xlstm_scaling.study.slurm {JOBS.launcher}"
@@ -82,4 +83,8 @@ rule train_run:
     message:
         "training {wildcards.run}"
     shell:
-        "{resources.command} --results {params.results} --plan {input.plan} --run {wildcards.run} 2> {log} >&2"
+        # a run that was there when the workflow began, and has to be finished again, has no plan as its input
+        """
+        if [ -n "{input.plan}" ]; then set -- --results {params.results} --plan {input.plan}; else set -- {ARGUMENTS}; fi
+        {resources.command} "$@" --run {wildcards.run} 2> {log} >&2
+        """

@@ -235,8 +235,8 @@ class MLSTM(Operation):
         pieces = []
         if form == "step":
             state = MLSTMState(*(y.clone() for y in state))  # a step may write its new state over the old one
-            for t in range(s["T"]):
-                h, state = function(*(y[:, :, t] for y in tokens), state)
+            for token in zip(*(y.unbind(2) for y in tokens)):
+                h, state = function(*token, state)
                 pieces.append(h[:, :, None])
         else:
             size = REFERENCE_CHUNK if form == "whole" else s["chunk"]

@@ -20,18 +20,19 @@
 struct Block {
   const float *mixing_norm;             // (d)
   const void *qkv, *output_gate, *out;  // (columns of q, k, v; d), (H d_v, d) or null, (d, H d_v)
-  const float *gates, *gate_bias;       // (2 H, d), (2 H): input gates, forget gates; or null
+  const float *gates, *gate_bias;       // (2 H, d), (2 H): input gates, forget gates; null in attention blocks
   const float *head_norm;               // (H d_v), or null
   const float *ffn_norm;                // (d)
   const void *gate_up, *down;           // (2 F, d), (d, F)
-  void *memory, *keys, *values;         // xLSTM: C (B, H, d_qk, d_v), n (B, H, d_qk), m (B, H), fp32; Transformer: null and the
+  void *memory, *keys, *values;         // mLSTM: C (B, H, d_qk, d_v), n (B, H, d_qk), m (B, H), fp32; attention: null and the
 };                                      // cache (B, H, room, d_v), in the dtype of the weights
 struct Model {
-  int64_t xlstm, low, blocks, B, d, H, d_qk, d_v, F, V, room, threads;  // low: weights of products in bf16
-  double norm_eps, cell_eps, gate_cap, logit_cap;                       // logit_cap 0: none
-  const float *embedding, *norm;                                        // (V, d), (d)
-  const void *head;                                                     // (V, d)
-  const float *frequency;                                               // (d_v / 2) radians a position, or null
+  int64_t low, blocks, B, d, F, V, room, threads;        // low: weights of products in bf16
+  int64_t cell_H, cell_d_qk, cell_d_v, heads, head_dim;  // of mLSTM blocks and of attention blocks; 0 heads: there are none
+  double norm_eps, cell_eps, gate_cap, logit_cap;        // logit_cap 0: none
+  const float *embedding, *norm;                         // (V, d), (d)
+  const void *head;                                      // (V, d)
+  const float *frequency;                                // (head_dim / 2) radians a position, or null
   const Block *block;
   float *scratch;                                                       // of decode_scratch() floats
 };
@@ -49,16 +50,26 @@ struct Phase {
   alignas(64) int64_t next, done;  // pieces taken, pieces finished
 };
 
+// the heads of a kind of block, and its columns: of q k v, output gate, gates, all of these
+struct Mixing {
+  int64_t H, d_qk, d_v, qkv, gate, gates, mixed;
+  Mixing(int64_t H, int64_t d_qk, int64_t d_v, bool gated)
+      : H(H), d_qk(d_qk), d_v(d_v), qkv(H * (2 * d_qk + d_v)), gate(gated ? H * d_v : 0), gates(gated ? 2 * H : 0), mixed(qkv + gate + gates) {}
+};
+
 // the scratch of a step, in floats
 struct Sizes {
-  int64_t gates, gate, qkv, mixed, row, splits;  // columns: of gates, output gate, q k v, all of these; of a thread's rows; pieces of attention
+  Mixing cells, attention;
+  int64_t row, splits;  // columns of a thread's rows; pieces of attention
   size_t stream, wide, parts, angles, own;
-  Sizes(const Model &p, int64_t slots) {
-    qkv = p.H * (2 * p.d_qk + p.d_v), gate = p.xlstm ? p.H * p.d_v : 0, gates = p.xlstm ? 2 * p.H : 0;
-    mixed = qkv + gate + gates, row = std::max(p.d, p.H * p.d_v), splits = p.xlstm ? 1 : (slots + KEYS - 1) / KEYS;
-    stream = aligned(p.B * p.d), wide = aligned(p.B * std::max(mixed, 2 * p.F)), parts = aligned(p.B * p.H * splits * (p.d_v + 2));
-    angles = aligned(p.B * p.d_v), own = aligned(p.B * row);
+  Sizes(const Model &p, int64_t slots)
+      : cells(p.cell_H, p.cell_d_qk, p.cell_d_v, true), attention(p.heads, p.head_dim, p.head_dim, false), splits((slots + KEYS - 1) / KEYS) {
+    row = std::max({p.d, cells.H * cells.d_v, attention.H * attention.d_v});
+    stream = aligned(p.B * p.d), wide = aligned(p.B * std::max({cells.mixed, attention.mixed, 2 * p.F}));
+    parts = aligned(p.B * std::max(cells.H * (cells.d_v + 2), attention.H * splits * (attention.d_v + 2)));
+    angles = aligned(p.B * attention.d_v), own = aligned(p.B * row);
   }
+  const Mixing &of(const Block &k) const { return k.gates ? cells : attention; }
   static size_t aligned(int64_t floats) { return size_t(floats + 63) / 64 * 64 + 64; }
   // phases of a block: three times rows for all, three products into the stream or from it, the cell, the feed-forward
   static int64_t phases(const Model &p) { return 8 * p.blocks + 4; }
@@ -128,7 +139,7 @@ template <class W> struct Step {
       for (int64_t b = 0; b < p.B; ++b)
         for (int64_t j = first; j < last; ++j) x[b * p.d + j] += added[b * p.d + j];
       if (first == 0 && from)  // m was read by all pieces of the phase before
-        for (int64_t i = 0; i < p.B * p.H; ++i) to[i] = from[i * (p.d_v + 2)];
+        for (int64_t i = 0; i < p.B * s.cells.H; ++i) to[i] = from[i * (s.cells.d_v + 2)];
     });
   }
 
@@ -139,25 +150,26 @@ template <class W> struct Step {
   auto attended();
 
   void block(const Block &k) {
+    const Mixing &a = s.of(k);
     auto y = normed(k.mixing_norm);
-    rows_of(s.mixed, p.d * sizeof(W), [&](int64_t from, int64_t to) {
+    rows_of(a.mixed, p.d * sizeof(W), [&](int64_t from, int64_t to) {
       auto part = [&](auto *w, int64_t start, int64_t count) {
         const int64_t first = std::max<int64_t>(0, from - start), last = std::min(count, to - start);
-        if (first < last) product_of_rows(first, last, p.B, p.d, w, y(), s.row, wide + start, s.mixed);
+        if (first < last) product_of_rows(first, last, p.B, p.d, w, y(), s.row, wide + start, a.mixed);
       };
-      part((const W *)k.qkv, 0, s.qkv);
-      part((const W *)k.output_gate, s.qkv, s.gate);
-      part(k.gates, s.qkv + s.gate, s.gates);
+      part((const W *)k.qkv, 0, a.qkv);
+      part((const W *)k.output_gate, a.qkv, a.gate);
+      part(k.gates, a.qkv + a.gate, a.gates);
     });
-    if (p.xlstm) {
-      const int64_t columns = p.B * p.H >= 4 * threads ? p.d_v : COLUMNS, pieces = (p.d_v + columns - 1) / columns;
-      phase(p.B * p.H * pieces, [&](int64_t i) {
-        cell(k, i / pieces, i % pieces * columns, std::min(p.d_v, (i % pieces + 1) * columns));
+    if (k.gates) {
+      const int64_t columns = p.B * a.H >= 4 * threads ? a.d_v : COLUMNS, pieces = (a.d_v + columns - 1) / columns;
+      phase(p.B * a.H * pieces, [&](int64_t i) {
+        cell(k, i / pieces, i % pieces * columns, std::min(a.d_v, (i % pieces + 1) * columns));
       });
-      add_to_stream((const W *)k.out, p.H * p.d_v, gated_heads(k), s.row, parts + p.d_v + 1, (float *)k.values);
+      add_to_stream((const W *)k.out, a.H * a.d_v, gated_heads(k), s.row, parts + a.d_v + 1, (float *)k.values);
     } else {
-      phase(p.B * p.H * s.splits, [&](int64_t i) { attend(k, i / (p.H * s.splits), i / s.splits % p.H, i % s.splits); });
-      add_to_stream((const W *)k.out, p.H * p.d_v, attended(), s.row);
+      phase(p.B * a.H * s.splits, [&](int64_t i) { attend(k, i / (a.H * s.splits), i / s.splits % a.H, i % s.splits); });
+      add_to_stream((const W *)k.out, a.H * a.d_v, attended(), s.row);
     }
     auto z = normed(k.ffn_norm);
     rows_of(p.F, 2 * p.d * sizeof(W), [&](int64_t first, int64_t last) {
@@ -175,11 +187,11 @@ template <class W> struct Step {
   void run(int64_t *best) {
     phase(p.B, [&](int64_t b) {
       std::copy(p.embedding + tokens[b] * p.d, p.embedding + (tokens[b] + 1) * p.d, x + b * p.d);
-      const int64_t half = p.xlstm ? 0 : p.d_v / 2;
+      const int64_t half = s.attention.d_v / 2;
       for (int64_t j = 0; j < half; ++j) {
         const float angle = float(length - (padding ? padding[b] : 0)) * p.frequency[j];
-        angles[b * p.d_v + j] = std::cos(angle);
-        angles[b * p.d_v + half + j] = std::sin(angle);
+        angles[2 * b * half + j] = std::cos(angle);
+        angles[(2 * b + 1) * half + j] = std::sin(angle);
       }
     });
     for (int64_t i = 0; i < p.blocks; ++i) block(p.block[i]);
@@ -196,11 +208,11 @@ template <class W> struct Step {
 
 // columns first ... last of a head's C; n stays with the first of them, and the new m waits in the scratch
 template <class W> void Step<W>::cell(const Block &k, int64_t head, int64_t first, int64_t last) {
-  const int64_t d_qk = p.d_qk, d_v = p.d_v, h = head % p.H, b = head / p.H, count = last - first;
+  const int64_t H = s.cells.H, d_qk = s.cells.d_qk, d_v = s.cells.d_v, h = head % H, b = head / H, count = last - first;
   const float scale = 1.0f / std::sqrt(float(d_qk)), cap = float(p.gate_cap);
-  const float *mixed = wide + b * s.mixed, *q = mixed + h * d_qk, *key = mixed + (p.H + h) * d_qk;
-  const float *value = mixed + 2 * p.H * d_qk + h * d_v, *gates = mixed + s.mixed - s.gates;
-  const float i = cap * std::tanh((gates[h] + k.gate_bias[h]) / cap), f = cap * std::tanh((gates[p.H + h] + k.gate_bias[p.H + h]) / cap);
+  const float *mixed = wide + b * s.cells.mixed, *q = mixed + h * d_qk, *key = mixed + (H + h) * d_qk;
+  const float *value = mixed + 2 * H * d_qk + h * d_v, *gates = mixed + s.cells.mixed - s.cells.gates;
+  const float i = cap * std::tanh((gates[h] + k.gate_bias[h]) / cap), f = cap * std::tanh((gates[H + h] + k.gate_bias[H + h]) / cap);
   float *m = (float *)k.values + head, *n = (float *)k.keys + head * d_qk, *part = parts + head * (d_v + 2);
   const float log_f = f < 0 ? f - std::log1p(std::exp(f)) : -std::log1p(std::exp(-f)), most = std::max(log_f + *m, i);
   const float forget = std::exp(log_f + *m - most), input = std::exp(i - most);
@@ -233,10 +245,11 @@ template <class W> void Step<W>::cell(const Block &k, int64_t head, int64_t firs
 // σ(o) LayerNorm(h) of every head, (B, H d_v)
 template <class W> auto Step<W>::gated_heads(const Block &k) {
   return rows([this, &k](int64_t b, float *__restrict to) {
-    const int d_v = int(p.d_v);
-    const float *gate = wide + b * s.mixed + s.qkv;
-    for (int64_t h = 0; h < p.H; ++h) {
-      const float *__restrict part = parts + (b * p.H + h) * (d_v + 2), *__restrict o = gate + h * d_v, *__restrict w = k.head_norm + h * d_v;
+    const int64_t H = s.cells.H;
+    const int d_v = int(s.cells.d_v);
+    const float *gate = wide + b * s.cells.mixed + s.cells.qkv;
+    for (int64_t h = 0; h < H; ++h) {
+      const float *__restrict part = parts + (b * H + h) * (d_v + 2), *__restrict o = gate + h * d_v, *__restrict w = k.head_norm + h * d_v;
       float *__restrict y = to + h * d_v;
       const float inverse = 1.0f / part[d_v];
       for (int j = 0; j < d_v; ++j) y[j] = part[j] * inverse;
@@ -249,8 +262,8 @@ template <class W> auto Step<W>::gated_heads(const Block &k) {
 }
 
 template <class W> void Step<W>::rotate(const float *from, int64_t b, float *to) {
-  const int64_t half = p.d_v / 2;
-  const float *c = angles + b * p.d_v, *sine = c + half;
+  const int64_t half = s.attention.d_v / 2;
+  const float *c = angles + 2 * b * half, *sine = c + half;
   for (int64_t j = 0; j < half; ++j) {
     to[j] = from[j] * c[j] - from[j + half] * sine[j];
     to[j + half] = from[j + half] * c[j] + from[j] * sine[j];
@@ -259,19 +272,19 @@ template <class W> void Step<W>::rotate(const float *from, int64_t b, float *to)
 
 // one head's query on KEYS slots of the cache: sum of values, sum of weights, their maximum
 template <class W> void Step<W>::attend(const Block &k, int64_t b, int64_t h, int64_t split) {
-  const int64_t d = p.d_v, begin = (padding ? padding[b] : 0) + split * KEYS, end = std::min(begin + KEYS, length + 1);
+  const int64_t H = s.attention.H, d = s.attention.d_v, begin = (padding ? padding[b] : 0) + split * KEYS, end = std::min(begin + KEYS, length + 1);
   if (begin >= end) return;
-  const int64_t head = b * p.H + h, n = end - begin;
-  const float *mixed = wide + b * s.mixed + h * d;
+  const int64_t head = b * H + h, n = end - begin;
+  const float *mixed = wide + b * s.attention.mixed + h * d;
   W *keys = (W *)k.keys + (head * p.room + begin) * d, *values = (W *)k.values + (head * p.room + begin) * d;
   float *part = parts + (head * s.splits + split) * (d + 2), score[KEYS], query[MAX_HEAD];
   rotate(mixed, b, query);
   if (end == length + 1) {  // the new token
     float key[MAX_HEAD];
-    rotate(mixed + p.H * d, b, key);
+    rotate(mixed + H * d, b, key);
     for (int64_t j = 0; j < d; ++j) {
       narrow(key[j], keys[(n - 1) * d + j]);
-      narrow(mixed[2 * p.H * d + j], values[(n - 1) * d + j]);
+      narrow(mixed[2 * H * d + j], values[(n - 1) * d + j]);
     }
   }
   product_of_rows(0, n, 1, d, keys, query, d, score, KEYS);
@@ -306,9 +319,9 @@ template <class W> void Step<W>::attend(const Block &k, int64_t b, int64_t h, in
 // the pieces of every head together, (B, H d_v)
 template <class W> auto Step<W>::attended() {
   return rows([this](int64_t b, float *__restrict to) {
-    const int64_t d = p.d_v, slots = length + 1 - (padding ? padding[b] : 0), used = (slots + KEYS - 1) / KEYS;
-    for (int64_t h = 0; h < p.H; ++h) {
-      const float *part = parts + (b * p.H + h) * s.splits * (d + 2);
+    const int64_t H = s.attention.H, d = s.attention.d_v, slots = length + 1 - (padding ? padding[b] : 0), used = (slots + KEYS - 1) / KEYS;
+    for (int64_t h = 0; h < H; ++h) {
+      const float *part = parts + (b * H + h) * s.splits * (d + 2);
       float most = -std::numeric_limits<float>::infinity(), weights = 0;
       for (int64_t i = 0; i < used; ++i) most = std::max(most, part[i * (d + 2) + d + 1]);
       float *__restrict y = to + h * d;
@@ -329,8 +342,8 @@ template <class W> int run(const Model &p, const int64_t *tokens, int64_t length
     if (tokens[b] < 0 || tokens[b] >= p.V) return 2;
     least = std::min(least, padding ? padding[b] : 0);
   }
-  if (!p.xlstm && (length >= p.room || least < 0)) return 3;
-  const Sizes sizes(p, length + 1 - least);
+  if (p.heads && (length >= p.room || least < 0)) return 3;
+  const Sizes sizes(p, p.heads ? length + 1 - least : 1);
   std::memset(p.scratch, 0, Sizes::phases(p) * sizeof(Phase));
 #pragma omp parallel num_threads(int(p.threads)) if (p.threads > 1)
   {

@@ -47,14 +47,15 @@ def mlstm_chunkwise(
 
     # recurrence over chunks; Cs[c] is the state before chunk c
     Cs, ns, ms = [], [], []
-    for c in range(N):
+    # unbound at once: the gradient of one chunk taken by its index is as large as all of them
+    for c, (kv_c, k_sum_c) in enumerate(zip(kv.unbind(2), k_sum.unbind(2))):
         Cs.append(C)
         ns.append(n)
         ms.append(m)
         m_next = torch.maximum(g[:, :, c] + m, m_local[:, :, c])
         carry, add = torch.exp(g[:, :, c] + m - m_next), torch.exp(m_local[:, :, c] - m_next)
-        C = carry[..., None, None] * C + add[..., None, None] * kv[:, :, c]
-        n = carry[..., None] * n + add[..., None] * k_sum[:, :, c]
+        C = carry[..., None, None] * C + add[..., None, None] * kv_c
+        n = carry[..., None] * n + add[..., None] * k_sum_c
         m = m_next
     C_in, n_in, m_in = torch.stack(Cs, 2), torch.stack(ns, 2), torch.stack(ms, 2)
 

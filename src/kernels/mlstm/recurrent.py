@@ -40,7 +40,8 @@ def mlstm_recurrent(
     check_inputs(q, k, v, i, f)
     state = initial_state(q, v) if state is None else state
     outputs = []
-    for t in range(q.shape[2]):
-        h, state = mlstm_step(q[:, :, t], k[:, :, t], v[:, :, t], i[:, :, t], f[:, :, t], state)
+    # unbound at once: the gradient of one token taken by its index is as large as all of them
+    for token in zip(*(x.unbind(2) for x in (q, k, v, i, f))):
+        h, state = mlstm_step(*token, state)
         outputs.append(h)
     return torch.stack(outputs, dim=2), state
