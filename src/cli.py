@@ -441,6 +441,8 @@ def run_command(argv: Sequence[str]) -> int:
         message = str(error)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and "disk full" not in message:
             message = f"disk full ({error}): free some space and run again; nothing but the last steps is lost"
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message = f"{message}: not yours to use; --results FOLDER (workflow: --config results=FOLDER) takes another"
         print(f"xlstm-scaling {args.command}: {message}", file=sys.stderr)
         return 1
     except RuntimeError as error:

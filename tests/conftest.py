@@ -12,9 +12,46 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels are interpreted; read when Triton is imported
 
 
+torch.set_num_threads(1)  # what the variable is read for was imported above
+
+#: files that take more than ten seconds -> CPU seconds with their child processes, for their order alone
+LONG = {
+    "workflow/test_workflow.py": 160,
+    "workflow/test_published.py": 75,
+    "fitting/test_fit_loss_surface.py": 58,
+    "kernels/test_certification.py": 50,
+    "figures/test_figures_draw.py": 50,
+    "kernels/test_mlstm_triton.py": 48,
+    "fitting/test_fit_study.py": 46,
+    "training/test_parallel.py": 45,
+    "workflow/test_certificate.py": 40,
+    "fitting/test_runtime_paper.py": 35,
+    "kernels/test_compilation.py": 32,
+    "kernels/test_training_curves.py": 30,
+    "fitting/test_runtime_model.py": 28,
+    "training/test_faults.py": 25,
+    "kernels/test_mlstm_cpu.py": 20,
+    "training/test_trainer.py": 20,
+    "kernels/test_mlstm_step_triton.py": 16,
+    "inference/test_decoder.py": 16,
+    "kernels/test_cross_entropy_triton.py": 12,
+    "study/test_stages.py": 12,
+    "inference/test_generation.py": 11,
+    "accounting/test_memory.py": 11,
+    "published/test_ingest.py": 10,
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist would begin with the files of the most tests, which leaves the longest ones to the end."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that they do not run alone at the end where files are spread over processes."""
-    items.sort(key=lambda item: "workflow" not in item.path.parts)
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: -LONG.get(item.path.relative_to(tests).as_posix(), 0))
 
 
 @pytest.fixture(scope="session")

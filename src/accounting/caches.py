@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-#: how sharp the edge of a cache is: the share goes from a fifth to four fifths within a factor of 2
-EDGE = 4.0
+#: how sharp the edge of a cache is: the share goes from a fifth to four fifths within a factor of 1.6
+EDGE = 6.0
 
 
 def memory_share(held: ArrayLike) -> NDArray[np.float64]:

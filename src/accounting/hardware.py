@@ -15,8 +15,8 @@ ASSUMED_UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one device: matrix products [FLOP/s] by dtype, memory bandwidth [B/s]; its memory [B], power [W] and last
-    cache before the memory [B].
+    """Peaks of one device: matrix products [FLOP/s] by dtype, memory bandwidth [B/s]; its memory [B], its power [W]
+    and the last cache before the memory [B].
 
     ``tf32_flops_per_s`` is the rate of fp32 operands rounded to tf32; products that keep fp32's digits need three of
     them, or the rate in ``fp32_flops_per_s`` where that is faster.

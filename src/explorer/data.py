@@ -38,6 +38,8 @@ MARKERS = {"o": "circle", "s": "square", "^": "triangle", "D": "diamond", "v": "
 RUN_COLUMNS = ("num_params", "num_tokens", "num_flops", "context_length", "val_loss", "learning_rate")
 #: digits of the runs' numbers, which are drawn and read only
 DIGITS = 7
+#: the data sheet that stands first where nothing was measured, as in the figure `choice`
+USUAL_SHEET = "H100"
 SHAPE_FIELDS = ("embedding_dim", "num_blocks", "num_heads", "head_dim_qk", "head_dim_v")
 
 
@@ -83,7 +85,7 @@ def study_runtimes(table: pd.DataFrame | None, source: str) -> list[Runtime]:
             found = runtime_of_table(usable[usable["device"] == device], None, source)
             fitted += [found] if found is not None else []
     sheets = [s for s in DEVICES.values() if not any(same_device(s.name, one.device) for one in fitted)]
-    return [*fitted, *(Roofline(sheet) for sheet in sheets)]
+    return [*fitted, *(Roofline(sheet) for sheet in sorted(sheets, key=lambda sheet: sheet.name != USUAL_SHEET))]
 
 
 def _style(style: ArchStyle) -> dict[str, str]:

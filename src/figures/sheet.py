@@ -79,7 +79,7 @@ class Sheet:
 
     def _freeze(self) -> None:
         """Lay out once and keep it, rounded: the solver's last bits differ from process to process."""
-        self.fig.draw_without_rendering()
+        self.fig.get_layout_engine().execute(self.fig)
         self.fig.set_layout_engine("none")
         for ax in self.fig.axes:
             ax.set_position(

@@ -6,7 +6,7 @@
         + activation bytes / activation_bytes_per_s
         + overhead_s + num_blocks · (overhead_per_block_s + [batch > 1] overhead_per_batched_block_s)
         + overhead_per_sequence_s · batch
-    missed = 1 / (1 + (cache_bytes / (weight bytes + state bytes))^4)
+    missed = 1 / (1 + (cache_bytes / (weight bytes + state bytes))^6)
     roof(a, b) = (a^p + b^p)^(1/p)
 
 A smooth roofline (Williams et al. 2009) for each kind of kernel, one kind after another: docs/runtime.md. One set of
@@ -41,8 +41,8 @@ from .runtime_tables import (
     counted_as,
     device_limits,
     has_second_version,
-    noise,
     model_table,
+    noise,
     peak_rates,
     prediction_table,
     reasons,
@@ -171,7 +171,8 @@ def _not_told_apart(fit: Solution, design: Design, expendable: tuple[str, ...]) 
 
 
 def _fit(design: Design, sizes: Array, quantity: str, config: Mapping[str, Any]) -> _Fit:
-    """The better of the fits without and with a cache, where the device is known to have one: by the Bayesian information criterion, of Laplace errors."""
+    """The better of the fits without and with a cache, where the device is known to have one: by the Bayesian
+    information criterion, of Laplace errors."""
     plain = _fit_terms(design, sizes, quantity, config, cached=False)
     if not design.has_cache:
         return plain

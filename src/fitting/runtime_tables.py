@@ -141,18 +141,20 @@ def usable_rows(group: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def noise(rows: pd.DataFrame, quantity: str) -> float:
-    """Mean absolute relative error of medians of repeats, by the spread of the repeats alone; NaN where none is known.
+    """Mean absolute relative error of medians of repeats, by the spread of the repeats alone; NaN where not known.
 
     Of normal errors: quartiles are 1.349 σ apart, the median of n has the error 1.2533 σ / √n (large n), and a mean
-    absolute error is √(2/π) of it. Repeats that share a drift of the machine have more.
+    absolute error is √(2/π) of it. Repeats that share a drift of the machine have more. The quartiles of step times are
+    of all steps, which are not independent: they say nothing of it.
     """
     columns = [f"{quantity}_s", f"{quantity}_s_lo", f"{quantity}_s_hi", "repeats"]
-    if not set(columns) <= set(rows.columns):
+    if counted_as(quantity) != "ttft" or not set(columns) <= set(rows.columns):
         return float("nan")
     median, lo, hi, repeats = (rows[column].to_numpy(dtype=np.float64, na_value=np.nan) for column in columns)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.sqrt(2 / np.pi) * 1.2533 * (hi - lo) / 1.349 / median / np.sqrt(repeats)
-    return float(np.nanmean(error)) if np.isfinite(error).any() else float("nan")
+    error = error[np.isfinite(error)]
+    return float(error.mean()) if len(error) else float("nan")
 
 
 def has_second_version(group: pd.DataFrame) -> bool:

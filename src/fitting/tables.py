@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 _INTEGERS = {"num_held_out", "num_runs", "resamples_ok", "resample", "num_points", "num_starts", "num_starts_agree"}
-_STRINGS = {"arch", "variable", "predictor", "status", "detail", "subset", "form", "run_id"}
+_STRINGS = {"arch", "other", "variable", "predictor", "status", "detail", "subset", "form", "run_id"}
 _STRINGS |= {"variant", "law", "quantity"}
 _LABELS = {"isoflop_tag", "ratio_tag"}
 _TEXT = pd.StringDtype(na_value=np.nan)

@@ -37,7 +37,7 @@ MEASURED_CODE = (
 )
 
 
-#: bytes of weights from which on building a model takes longer than a round: it is measured in one process, not in rounds
+#: bytes of weights from which on a model takes longer to build than a round lasts: all its rounds are in one process
 LARGE_BYTES = 2**30
 
 
@@ -197,11 +197,11 @@ def measure(
 
     A pass allocates an empty state, reads the prompt (random ids, ``prefill_chunk`` of them at a time), takes the most
     likely token, and decodes ``generate_steps`` tokens. Per cell: ``warmup`` discarded passes, then ``repeats`` rounds
-    of one measured pass, or of as many as ``round_s`` allows; time to first token is the median over passes, step time the median over all decode steps of all passes;
-    ``_lo``, ``_hi`` are quartiles. Peak memory: see ``timing.pass_memory``. A cell that would take longer than
-    ``max_cell_s`` is ``skipped``, one whose memory does not suffice, by prediction or in fact, ``out_of_memory``;
-    longer prefills and larger batches are then not tried. One whose process fails is ``failed``, and tried again by
-    the next call.
+    of one measured pass, or of as many as ``round_s`` allows; time to first token is the median over passes, step time
+    the median over all decode steps of all passes; ``_lo``, ``_hi`` are quartiles. Peak memory: see
+    ``timing.pass_memory``. A cell that would take longer than ``max_cell_s`` is ``skipped``, one whose memory does not
+    suffice, by prediction or in fact, ``out_of_memory``; longer prefills and larger batches are then not tried. One
+    whose process fails is ``failed``, and tried again by the next call.
 
     Args:
         models: what to measure.

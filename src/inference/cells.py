@@ -28,7 +28,7 @@ from xlstm_scaling.inference.timing import (
 from xlstm_scaling.models import LanguageModel
 
 #: a cell is skipped unseen when its predicted time exceeds the limit by this factor
-PREDICTION_MARGIN = 1.25
+PREDICTION_MARGIN = 1.5
 #: a first pass that is too slow by no more than this factor may have met a hiccup of the machine, and is tried again
 HICCUP = 1.5
 #: tokens of the pass that loads libraries and starts threads before anything is measured
@@ -170,7 +170,8 @@ class ModelRun:
         begin: Callable[[Cell], None],
         changed: Callable[[Cell], None],
     ) -> None:
-        """``rounds``: how many every cell is to have in the end. ``begin`` gets each cell before it is worked on, ``changed`` whenever something of it was measured."""
+        """``rounds``: how many every cell is to have in the end. ``begin`` gets each cell before it is worked on,
+        ``changed`` whenever something of it was measured."""
         self.entry, self.config, self.device, self.cells = entry, config, device, cells
         self.begin, self.changed = begin, changed
         self.steps, self.rounds = int(config["generate_steps"]), rounds

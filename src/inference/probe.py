@@ -1,4 +1,4 @@
-"""What a device reaches: large matrix products, its memory's bandwidth, and on a CPU that of its caches and what the last
+"""What a device reaches: large matrix products, its memory's bandwidth, on a CPU that of its caches, and what the last
 of them holds; measured in a few seconds."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEVICE_COLUMNS = (
 SIZES = {"cpu": (1536, 2**28), "cuda": (8192, 2**31)}
 PROBE_S = 1.0  # each quantity is measured for about so long
 LEAST_REPEATS = 5
-#: bytes that are read over and over on a CPU (by all threads; a product with a vector may be one thread's), each so long
+#: bytes that are read over and over on a CPU, each so long; by all threads, unlike some products with a vector
 WORKING_SETS, WORKING_SET_S = [2**20 * k for k in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)], 0.15
 #: a cache that is not so many times as fast as memory is none
 LEAST_SPEEDUP = 1.3

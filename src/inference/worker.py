@@ -77,9 +77,8 @@ def _measure_cells(
     cells: list[Cell],
     rounds: int,
 ) -> None:
-    run = ModelRun(
-        entry, config, device, cells, rounds, lambda cell: send(("begin", cell.key)), lambda cell: send(("changed", cell))
-    )
+    begin, changed = (lambda cell: send(("begin", cell.key))), (lambda cell: send(("changed", cell)))
+    run = ModelRun(entry, config, device, cells, rounds, begin, changed)
     run.run()
 
 

@@ -292,10 +292,14 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stop", action="store_true", help="stop a cluster that a killed process has left")
+    parser.add_argument("--packages", action="store_true", help="name Debian's packages that a cluster needs")
     parser.add_argument("command", nargs="*", help="what to run while the cluster is up, after --")
     arguments = parser.parse_args()
     if arguments.stop:
         stop_left_over()
+        return 0
+    if arguments.packages:
+        print(*PACKAGES)
         return 0
     reason = why_not()
     if reason:

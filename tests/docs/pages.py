@@ -135,3 +135,13 @@ def commands(path: Path) -> list[Command]:
                         found.append(Command(f"{name(path)}:{number}", program, tuple(words[1:])))
             number += 1
     return found
+
+
+def written_configurations(path: Path) -> dict[str, str]:
+    """Files of conf/ that a page tells the reader to write: YAML whose second line is `# conf/…`."""
+    found = {}
+    for block in blocks(path):
+        named = re.match(r"# @package _global_\n# conf/(\S+\.yaml)\n", block.text)
+        if block.language == "yaml" and named:
+            found[named.group(1)] = block.text
+    return found

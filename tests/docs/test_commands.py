@@ -10,7 +10,9 @@ from functools import cache
 
 import pytest
 import yaml
-from pages import REPOSITORY, Command, blocks, commands, inline_code, markdown_files, name
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pages import REPOSITORY, Command, commands, inline_code, markdown_files, name, written_configurations
 
 from xlstm_scaling import cli, experiments
 from xlstm_scaling.study.config import ConfigError, compose, conf_dir, normalise_overrides
@@ -53,18 +55,30 @@ def conf(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs") / "conf"
     shutil.copytree(conf_dir(), folder)
     for path in FILES:
-        for block in blocks(path):
-            named = re.match(r"# conf/(\S+\.yaml)\n", block.text) if block.language == "yaml" else None
-            if named:
-                (folder / named.group(1)).write_text(block.text)
+        for named, text in written_configurations(path).items():
+            (folder / named).write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLSTM_SCALING_CONF", str(folder))
         yield folder
 
 
 @cache
-def composed(overrides: tuple[str, ...]) -> None:
-    compose(overrides)
+def composed(choices: tuple[str, ...]):
+    return compose(choices)
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Choices of groups compose; single keys are there, and take the value. One composition a set of choices."""
+    single = [item for item in overrides if "." in item.split("=")[0] and not item.startswith("+")]
+    config = composed(tuple(item for item in overrides if item not in single)).copy()
+    OmegaConf.set_readonly(config, False)
+    OmegaConf.set_struct(config, True)
+    for item in single:
+        key, _, value = item.partition("=")
+        try:
+            OmegaConf.update(config, key, OmegaConf.create({"value": yaml.safe_load(value)}).value)
+        except OmegaConfBaseException as error:
+            raise Wrong(f"{item}: {error}") from None
 
 
 def check_ours(command: Command) -> None:
@@ -75,7 +89,7 @@ def check_ours(command: Command) -> None:
         return
     arguments = our_parser().parse_args(command.words)
     overrides = list(getattr(arguments, "overrides", [])) + list(getattr(arguments, "config", []) or [])
-    composed(tuple(overrides))
+    check_overrides(overrides)
 
 
 @cache
@@ -95,7 +109,7 @@ def check_snakemake(command: Command) -> None:
         raise Wrong(f"no setting {', '.join(unknown)} of the workflow")
     overrides = [f"study={given['study']}"] if "study" in given else []
     overrides += [f"runs={given['runs']}"] if "runs" in given else []
-    composed((*overrides, *normalise_overrides(given.get("overrides"))))
+    check_overrides([*overrides, *normalise_overrides(given.get("overrides"))])
     for profile in (arguments.workflow_profile, arguments.profile):
         if profile and not (REPOSITORY / profile / "config.yaml").is_file():
             raise Wrong(f"no profile {profile}")
@@ -114,10 +128,10 @@ def check_make(command: Command) -> None:
             if key not in variables:
                 raise Wrong(f"no variable {key} of the Makefile")
             if key == "STUDY":
-                composed((f"study={value}",))
+                check_overrides([f"study={value}"])
             if key == "CONFIG":
                 config = dict(item.split("=", 1) for item in re.findall(r'\w+=(?:"[^"]*"|\S+)', value))
-                composed(tuple(normalise_overrides(config.get("overrides", "").strip('"'))))
+                check_overrides(normalise_overrides(config.get("overrides", "").strip('"')))
         elif word not in targets:
             raise Wrong(f"no target {word}")
 

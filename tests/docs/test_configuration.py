@@ -16,8 +16,16 @@ def test_page_is_up_to_date():
     assert written == reference(), "stale: xlstm-scaling config-reference --out docs/configuration.md"
 
 
-@pytest.mark.parametrize("study", ["laptop", "paper", "single"])
-def test_every_composed_key_is_described(study):
+@pytest.fixture(scope="module")
+def described():
+    """What the reference has a row for: keys, and all below a key that is described as a whole."""
+    rows = [key.name for group in GROUPS for key in group_keys(group)] + [key.name for key in architecture_keys()]
+    patterns = [re.escape(row).replace("<architecture>", "[^.]+").replace("<name>", "[^.]+") for row in rows]
+    return re.compile("|".join(f"(?:{pattern})(?:\\..*)?" for pattern in patterns))
+
+
+@pytest.mark.parametrize("study", ["laptop", "paper"])
+def test_every_composed_key_is_described(study, described):
     """What Hydra composes, key by key, has a row or lies in a described mapping; no comment is read for it."""
 
     def leaves(value, prefix):
@@ -27,15 +35,9 @@ def test_every_composed_key_is_described(study):
         else:
             yield prefix
 
-    overrides = [f"study={study}", "runs.folder=null"]
-    for group in set(GROUPS):
-        rows = [
-            re.escape(key.name).replace(r"<architecture>", "[^.]+").replace("<name>", "[^.]+")
-            for key in [*group_keys(group), *architecture_keys()]
-        ]
-        described = re.compile("|".join(f"(?:{row})(?:\\..*)?" for row in rows))
-        names = list(leaves(to_dict(compose(overrides))[group], group))
-        assert not [name for name in names if not described.fullmatch(name)]
+    names = list(leaves(to_dict(compose([f"study={study}"])), ""))
+    assert len(names) > 100
+    assert not [name for name in names if not described.fullmatch(name.lstrip("."))]
 
 
 def test_values_are_those_that_hydra_composes():

@@ -18,8 +18,9 @@ THIRD = {"hybrid": LossSurface(A=3.1e5, B=8.0e6, E=1.7, alpha=0.645, beta=0.69, 
 ALL_SURFACES = SURFACES | {arch: law for arch, law in THIRD.items() if arch in ARCHITECTURES}
 #: of a device like an H100, by term
 CONSTANTS = {
-    "linear_flops": 4e14, "weight_bytes": 2e12, "mixing_flops": 2e14, "scores": 3e12, "state_bytes": 1.5e12, "wait": 90.0,
-    "cache": 5e7, "activation_bytes": 1e12, "constant": 2e-4, "block": 3e-5, "batched_block": 8e-6, "sequence": 2e-6,
+    "linear_flops": 4e14, "weight_bytes": 2e12, "mixing_flops": 2e14, "scores": 3e12, "state_bytes": 1.5e12,
+    "wait": 90.0, "cache": 5e7, "activation_bytes": 1e12,
+    "constant": 2e-4, "block": 3e-5, "batched_block": 8e-6, "sequence": 2e-6,
 }  # fmt: skip
 DEVICE = "the lab's H100"
 

@@ -22,7 +22,9 @@ def unpack(packed):
 
 
 def evaluate(form, length, chunk, size):
-    total = sum((unpack(c) * BASIS[name](np.float64(length), chunk) for name, c in form["terms"].items()), np.zeros(size))
+    total = sum(
+        (unpack(c) * BASIS[name](np.float64(length), chunk) for name, c in form["terms"].items()), np.zeros(size)
+    )
     return 1 / total if form["inverse"] else total
 
 

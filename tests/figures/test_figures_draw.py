@@ -1,5 +1,6 @@
 """Every figure: draws, shows the tables' numbers, has units, marks failures."""
 
+import functools
 import re
 
 import numpy as np
@@ -16,6 +17,12 @@ def draw(name, tables):
     return FIGURES[name].draw(tables, CONFIG)
 
 
+@pytest.fixture(scope="module")
+def drawn(tables):
+    """Each figure of the study, drawn once: tests only look at it."""
+    return functools.cache(lambda name: draw(name, tables))
+
+
 def by_gid(figure, gid):
     return figure.findobj(lambda a: a.get_gid() == gid)
 
@@ -29,8 +36,8 @@ def offsets(figure, gid):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_axes_are_labelled_with_units(name, tables):
-    figure = draw(name, tables)
+def test_axes_are_labelled_with_units(name, drawn):
+    figure = drawn(name)
     labels = [text for ax in figure.axes for text in (ax.get_xlabel(), ax.get_ylabel()) if text]
     assert len(labels) >= 2 or name == "sensitivity"
     assert all(re.search(r"\[[^\]]+\]", label) for label in labels), labels
@@ -72,8 +79,8 @@ def test_missing_column_is_named(frames):
         draw("isoflop_curves", tables)
 
 
-def test_isoflop_points_and_minima_are_those_of_the_tables(tables):
-    figure, runs, cells = draw("isoflop_curves", tables), tables["runs"], tables["fits/isoflop"]
+def test_isoflop_points_and_minima_are_those_of_the_tables(drawn, tables):
+    figure, runs, cells = drawn("isoflop_curves"), tables["runs"], tables["fits/isoflop"]
     runs = runs[(runs["arch"] == "xlstm") & (runs["context_length"] == 512) & runs["isoflop_tag"].notna()]
     seen = offsets(figure, "runs-xLSTM-num_params")
     assert sorted(map(tuple, seen)) == sorted(zip(runs["num_params"], runs["val_loss"]))
@@ -82,8 +89,8 @@ def test_isoflop_points_and_minima_are_those_of_the_tables(tables):
     np.testing.assert_allclose(sorted(map(tuple, minima)), sorted(zip(cells["x_opt"], cells["loss_opt"])))
 
 
-def test_pareto_frontier_and_ratio_are_those_of_the_tables(tables):
-    figure, front, ratio = draw("loss_vs_flops", tables), tables["fits/pareto"], tables["fits/pareto_ratio"]
+def test_pareto_frontier_and_ratio_are_those_of_the_tables(drawn, tables):
+    figure, front, ratio = drawn("loss_vs_flops"), tables["fits/pareto"], tables["fits/pareto_ratio"]
     for arch in ("xlstm", "transformer"):
         rows = front[(front["arch"] == arch) & (front["context_length"] == 512)].sort_values("num_flops")
         (line,) = by_gid(figure, f"frontier-{arch}")
@@ -107,25 +114,25 @@ def test_headline_claims_no_difference_where_the_interval_holds_one(frames):
     assert "the interval holds 1, no difference is shown" in text
 
 
-def test_exponents_stand_in_the_legend_with_their_interval(tables):
+def test_exponents_stand_in_the_legend_with_their_interval(drawn, tables):
     laws = tables["fits/power_laws"]
     law = laws[(laws["arch"] == "xlstm") & (laws["variable"] == "num_params") & (laws["predictor"] == "flops")]
     row = law[law["context_length"] == 512].iloc[0]
     expected = f"^{{{row['exponent']:.2f}}}$ [{row['exponent_lo']:.2f}, {row['exponent_hi']:.2f}]"
-    figure = draw("compute_optimal", tables)
+    figure = drawn("compute_optimal")
     assert expected in " ".join(text.get_text() for text in figure.axes[0].get_legend().get_texts())
 
 
-def test_timings_are_those_of_the_table(tables):
+def test_timings_are_those_of_the_table(drawn, tables):
     rows = tables["inference/measurements"]
     rows = rows[(rows["arch"] == "xlstm") & (rows["batch_size"] == 1) & (rows["prefill_length"] > 0)]
     for name in ("ttft", "step_time"):
-        seen = offsets(draw(name, tables), "measured-xlstm")
+        seen = offsets(drawn(name), "measured-xlstm")
         assert sorted(map(tuple, seen)) == sorted(zip(rows["prefill_length"], rows[f"{name}_s"]))
 
 
-def test_the_loss_by_position_is_that_of_the_table(tables):
-    figure, table = draw("length", tables), tables["evaluation/length"]
+def test_the_loss_by_position_is_that_of_the_table(drawn, tables):
+    figure, table = drawn("length"), tables["evaluation/length"]
     rows = table[(table["arch"] == "transformer") & (table["context_length"] == 256) & (table["status"] == "ok")]
     assert len(rows) < len(table) / 6  # bins with few tokens are left out
     for value in ("loss", "excess"):
@@ -136,8 +143,8 @@ def test_the_loss_by_position_is_that_of_the_table(tables):
     assert "bins are left out" in words(figure)
 
 
-def test_the_roofline_shows_intensities_ridge_and_what_was_reached(tables):
-    figure, table = draw("roofline", tables), tables["inference/roofline"]
+def test_the_roofline_shows_intensities_ridge_and_what_was_reached(drawn, tables):
+    figure, table = drawn("roofline"), tables["inference/roofline"]
     for against, column, other in (
         ("context", "prefill_length", "batch_size"),
         ("batch", "batch_size", "prefill_length"),
@@ -168,8 +175,8 @@ def test_the_roofline_shows_intensities_ridge_and_what_was_reached(tables):
     assert "No ridge" in words(without) and not by_gid(without, "ridge-context")
 
 
-def test_the_latency_profile_is_of_one_size(tables):
-    figure, table = draw("latency_profile", tables), tables["inference/measurements"]
+def test_the_latency_profile_is_of_one_size(drawn, tables):
+    figure, table = drawn("latency_profile"), tables["inference/measurements"]
     sizes = table.loc[table["arch"] == "xlstm", "num_params"]
     rows = table[(table["num_params"] == sizes.max()) & (table["batch_size"] == 1) & (table["prefill_length"] > 0)]
     (line,) = by_gid(figure, "profile-step_time_s-xlstm")
@@ -177,8 +184,8 @@ def test_the_latency_profile_is_of_one_size(tables):
     assert "out of memory" in words(figure)  # the Transformer's longest prefill
 
 
-def test_the_losses_by_context_are_those_of_the_table(tables):
-    figure, table = draw("context_scaling", tables), tables["context_scaling"]
+def test_the_losses_by_context_are_those_of_the_table(drawn, tables):
+    figure, table = drawn("context_scaling"), tables["context_scaling"]
     lines = [line.get_xydata() for line in by_gid(figure, "context-transformer")]
     rows = table[table["arch"] == "transformer"]
     expected = [part[["context_length", "val_loss"]].to_numpy() for _, part in rows.groupby("num_params")]
@@ -189,15 +196,15 @@ def test_the_losses_by_context_are_those_of_the_table(tables):
     assert sorted(map(tuple, seen)) == sorted(zip(rows["num_params"], rows["loss_difference"]))
 
 
-def test_every_run_is_in_the_overview_and_the_diverged_are_crossed(tables):
-    figure, runs = draw("study_overview", tables), tables["runs"]
+def test_every_run_is_in_the_overview_and_the_diverged_are_crossed(drawn, tables):
+    figure, runs = drawn("study_overview"), tables["runs"]
     shown = figure.findobj(lambda a: str(a.get_gid()).startswith("runs-"))
     assert sum(len(points.get_offsets()) for points in shown) == len(runs)
     assert len(offsets(figure, "diverged-512")) == (runs["status"] != "ok").sum() == 2
 
 
-def test_every_curve_is_drawn(tables):
-    figure, curves = draw("training_curves", tables), tables["curves"]
+def test_every_curve_is_drawn(drawn, tables):
+    figure, curves = drawn("training_curves"), tables["curves"]
     for arch, rows in curves.groupby("arch"):
         (lines,) = by_gid(figure, f"curves-{arch}")
         assert len(lines.get_segments()) == rows["run_id"].nunique()

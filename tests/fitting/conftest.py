@@ -30,13 +30,16 @@ def make_runs():
     return _make_runs
 
 
+@pytest.fixture(scope="session")
+def default_config():
+    """The default settings, with fewer resamples."""
+    return yaml.safe_load((ROOT / "conf" / "fitting" / "default.yaml").read_text()) | {"num_resamples": 100}
+
+
 @pytest.fixture
-def config():
+def config(default_config):
     """The default settings, with fewer resamples; a test may change its copy."""
-    settings = yaml.safe_load((ROOT / "conf" / "fitting" / "default.yaml").read_text())
-    settings = copy.deepcopy(settings)
-    settings["num_resamples"] = 100
-    return settings
+    return copy.deepcopy(default_config)
 
 
 def _make_runs(noise=0.0, seed=0, contexts=(256, 512), budgets=(1e11, 3e11, 1e12), sizes=7, archs=tuple(PLANTED)):

@@ -425,7 +425,8 @@ def test_a_weight_of_two_is_the_run_twice(config):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_threshold_is_above_lbfgs_in_the_papers_parameters(config, form):
+@pytest.mark.parametrize("descents", [3, pytest.param(8, marks=pytest.mark.exhaustive)])
+def test_no_threshold_is_above_lbfgs_in_the_papers_parameters(config, form, descents):
     """scipy, without a box, with its own objective and finite differences, from our end and from the grid."""
     data, surface = noisy(num_runs=40), small(config)
     deltas = [5.0, 1e-2, 3e-3, 1e-4]
@@ -436,7 +437,7 @@ def test_no_threshold_is_above_lbfgs_in_the_papers_parameters(config, form):
         assert fit.huber_delta == delta
         centred = (n - fit.centre[0], d - fit.centre[1], y, delta)
         starts = start_grid(n, d, y, surface, 5 + (form == "gamma_free"))
-        chosen = starts[generator.choice(len(starts), 8, replace=False)]
+        chosen = starts[generator.choice(len(starts), descents, replace=False)]
         own = to_theta(fit.ends[0])
         assert paper_form(own, *centred) == pytest.approx(fit.objective, rel=1e-12)
         options = {"ftol": 1e-16, "gtol": 1e-14, "maxiter": 5000, "maxfun": 50_000}

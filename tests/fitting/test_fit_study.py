@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,18 +7,24 @@ import pytest
 from xlstm_scaling.fitting import COLUMNS, FitError, fit_all
 
 
-@pytest.fixture
-def quick(config):
-    config["num_resamples"] = 40
+@pytest.fixture(scope="module")
+def quick(default_config):
+    config = copy.deepcopy(default_config) | {"num_resamples": 40}
     config["surface"]["sensitivity_deltas"] = [1.0e-2]
     grid = config["surface"]["init_grid"]
     grid |= {"a": [5, 15], "b": [5, 15], "e": [0], "alpha": [0.5], "beta": [0.5], "gamma": [1]}
     return config
 
 
-def test_every_table_has_its_columns_and_types(quick, make_runs):
-    lines = []
-    tables = fit_all(make_runs(noise=0.003), quick, progress=lines.append)
+@pytest.fixture(scope="module")
+def fitted(quick, make_runs):
+    """Noisy runs, their tables, and the lines of progress."""
+    runs, lines = make_runs(noise=0.003), []
+    return runs, fit_all(runs.copy(), quick, progress=lines.append), lines
+
+
+def test_every_table_has_its_columns_and_types(fitted):
+    _, tables, lines = fitted
     assert set(tables) == set(COLUMNS)
     for name, table in tables.items():
         assert list(table.columns) == COLUMNS[name]
@@ -33,27 +41,26 @@ def test_every_table_has_its_columns_and_types(quick, make_runs):
     assert set(tables["surface"]["context_length"]) == {512}
 
 
-def test_order_of_the_rows_does_not_matter(quick, make_runs):
-    runs = make_runs(noise=0.003)
-    shuffled = runs.sample(frac=1.0, random_state=3)
-    first, second = fit_all(runs, quick), fit_all(shuffled, quick)
+def test_order_of_the_rows_does_not_matter(quick, fitted):
+    runs, first, _ = fitted
+    second = fit_all(runs.sample(frac=1.0, random_state=3), quick)
     for name in COLUMNS:
         pd.testing.assert_frame_equal(first[name], second[name], check_exact=True, obj=name)
 
 
-def test_bad_runs_are_left_out(quick, make_runs):
-    runs = make_runs(noise=0.003)
+def test_bad_runs_are_left_out(quick, fitted):
+    runs, first, _ = fitted
     bad = runs.iloc[[0, 1, 2]].copy()
     bad["run_id"] = ["bad0", "bad1", "bad2"]
     bad["status"] = ["diverged", "failed", "ok"]
     bad["val_loss"] = [9.0, 9.0, np.nan]
-    first, second = fit_all(runs, quick), fit_all(pd.concat([bad, runs], ignore_index=True), quick)
+    second = fit_all(pd.concat([bad, runs], ignore_index=True), quick)
     for name in COLUMNS:
         pd.testing.assert_frame_equal(first[name], second[name], check_exact=True, obj=name)
 
 
 def test_numeric_tags_stay_numeric(quick, make_runs):
-    runs = make_runs(noise=0.003)
+    runs = make_runs(noise=0.003, archs=("xlstm",), contexts=(512,))
     runs["isoflop_tag"] = runs["isoflop_tag"].astype(float)
     assert fit_all(runs, quick)["isoflop"]["isoflop_tag"].dtype == np.float64
 

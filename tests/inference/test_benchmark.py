@@ -187,7 +187,7 @@ def test_a_cell_that_memory_cannot_hold_is_never_run(config, tmp_path):
 
 
 def test_predicted_times_follow_the_flops(config):
-    """pass time x FLOPs x passes, against max_cell_s and a margin: the longest prefill that is tried is that of this rule."""
+    """pass time x FLOPs x passes, against max_cell_s and a margin: the longest prefill that is tried is so found."""
     before = Cell(1, 100, "a", pass_s=0.5)
     for length in (200, 1000, 5000, 20_000):
         cell = Cell(1, length, "b")

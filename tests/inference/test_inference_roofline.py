@@ -112,7 +112,9 @@ def test_without_a_data_sheet_there_is_no_ridge_and_it_is_said(tables):
 def test_a_probe_of_this_machine():
     table = probe_device("cpu", "mine", "float32", 1)
     found = set(table["quantity"])
-    assert found - {"cache_bytes"} == {"flops_per_s", "bytes_per_s", "cached_bytes_per_s"} and (table["value"] > 0).all()
+    assert (
+        found - {"cache_bytes"} == {"flops_per_s", "bytes_per_s", "cached_bytes_per_s"} and (table["value"] > 0).all()
+    )
     curve = table["quantity"] == "cached_bytes_per_s"
     assert table.loc[curve, "working_set_bytes"].is_monotonic_increasing
     assert table.loc[~curve, "working_set_bytes"].isna().all()
@@ -126,7 +128,7 @@ def test_a_probe_of_this_machine():
 @pytest.mark.parametrize("cache_bytes", [2e6, 1.2e7, 5e7])
 def test_what_a_cache_holds_is_found_in_a_noisy_curve(cache_bytes):
     sets, generator = 2.0 ** np.arange(19, 28), np.random.default_rng(0)
-    seconds = 1 / 5e10 + (1 / 1.7e10 - 1 / 5e10) / (1 + (cache_bytes / sets) ** 4)
+    seconds = 1 / 5e10 + (1 / 1.7e10 - 1 / 5e10) / (1 + (cache_bytes / sets) ** 6)
     noisy = np.exp(0.03 * generator.standard_normal(len(sets))) / seconds
     assert held_by_cache(sets, noisy) == pytest.approx(cache_bytes, rel=0.15)
     assert math.isnan(held_by_cache(sets, np.full(len(sets), 3e10)))  # memory is as fast

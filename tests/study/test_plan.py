@@ -149,7 +149,7 @@ def test_identity_is_stable_between_processes():
         (["study.isoflop.c256_h150g.budget_flops=1e6"], "pays 0.* steps .* raise the budget"),
         (["study.isoflop.c256_h150g.sizes=[d16,d20,d24]"], "has 3 sizes; a parabola needs at least"),
         (["study.isoflop.c256_h150g.sizes=[d16,d20,d24,d1]"], "'d1' is not in study.sizes; known: d16"),
-        (["study.architectures=[mamba]"], r"study.heads.mamba is missing"),
+        (["study.architectures=[mamba]"], "unknown architecture .mamba.; known: xlstm, transformer, hybrid"),
         (["study.architectures=[]"], "study.architectures is empty"),
         (["study.sizes.d16.num_heads=3"], "not divisible"),
         (["training.compute_dtype=int8"], "not one of auto, bfloat16, float32"),

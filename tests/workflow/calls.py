@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from xlstm_scaling.warmstart import SESSION_VARIABLE, open_session
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytest.importorskip("snakemake", reason="Snakemake is not installed (pip install xlstm-scaling[workflow])")
 
@@ -19,14 +21,17 @@ pytest.importorskip("snakemake", reason="Snakemake is not installed (pip install
 def server():
     """The process that calls of Snakemake are forked from; it ends with this one, when its input is closed."""
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "forks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(Path(__file__).parent / "forks.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
 def snakemake(*words, cwd, conf=None, check=True, repository=REPOSITORY, without=(), **variables):
     """The output of a call of Snakemake; ``without``: variables that it does not get."""
+    without = {*without, SESSION_VARIABLE}
     environment = {key: value for key, value in os.environ.items() if key not in without} | variables
-    environment.pop("XLSTM_SCALING_SESSION", None)
     if conf is not None:
         environment["XLSTM_SCALING_CONF"] = str(conf)
     words = ["--snakefile", str(repository / "Snakefile"), "--cores", "2", *words]
@@ -40,6 +45,14 @@ def snakemake(*words, cwd, conf=None, check=True, repository=REPOSITORY, without
     if check:
         assert status == "0", text[-6000:]
     return text
+
+
+@functools.cache
+def session():
+    """The variable with which calls share one process that has imported torch, for as long as this one lives."""
+    variables = {}
+    open_session(variables)
+    return variables
 
 
 def planned(text):

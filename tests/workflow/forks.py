@@ -1,7 +1,7 @@
 """Snakemake's command line in forks of one process that has imported it: importing is most of a dry run's time.
 
-Each line of standard input is a call as JSON: words, cwd, env and the file for its output; the answer is a line with its exit
-status. What a call runs is Snakemake's own ``main``, in a process of its own. Nothing of this project is imported ahead.
+Each line of standard input is a call as JSON: words, cwd, env and the file for its output; the answer is a line with
+its exit status. A call is Snakemake's own ``main`` in a process of its own. Nothing of this project is imported ahead.
 """
 
 import json

@@ -2,47 +2,31 @@
 
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import calls
 import pandas as pd
 import pytest
 import yaml
+from calls import REPOSITORY, planned
+from planted import planted_measurements, planted_runs
 
 from xlstm_scaling.published.upstream import blob_id
 
-sys.path.insert(0, str(Path(__file__).parent))
-from planted import planted_measurements, planted_runs
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-pytest.importorskip("snakemake", reason="Snakemake is not installed (pip install xlstm-scaling[workflow])")
 FAST = [
     *("fitting=smoke", "fitting.num_resamples=20", "inference.runtime_model.num_resamples=10"),
     *("fitting.surface.forms=[gamma_fixed]", "figures.dpi=60"),
 ]
 
 
-SHIELDED = ("XLSTM_SCALING_SESSION", "XLSTM_SCALING_PAPER", "XLSTM_SCALING_CONF")
+SHIELDED = ("XLSTM_SCALING_PAPER", "XLSTM_SCALING_CONF")
 
 
 def snakemake(*words, cwd, paper=None, fast=(), check=True, variables=()):
-    environment = {key: value for key, value in os.environ.items() if key not in SHIELDED} | dict(variables)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2", *words]
-    command += ["--config", "runs=published"]
-    command += [] if paper is None else [f"paper={paper}"]
-    command += [f"overrides={json.dumps([*FAST, *fast])}"]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def planned(text):
-    """Rule -> number of jobs in a dry run's summary."""
-    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", text, re.M) if name != "total"}
+    given = ["runs=published", *([] if paper is None else [f"paper={paper}"])]
+    words = [*words, "--config", *given, f"overrides={json.dumps([*FAST, *fast])}"]
+    return calls.snakemake(*words, cwd=cwd, check=check, without=SHIELDED, **dict(variables))
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +52,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 
 
 def test_paper_without_published_runs_is_refused(tmp_path):
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "-n", "--config"]
-    done = subprocess.run([*command, "paper=x"], cwd=tmp_path, capture_output=True, text=True)
-    assert "add runs=published" in done.stdout + done.stderr
+    assert "add runs=published" in calls.snakemake("-n", "--config", "paper=x", cwd=tmp_path, check=False)
 
 
 def test_the_dag_trains_and_times_nothing(tmp_path, paper):
@@ -83,6 +65,7 @@ def test_the_dag_trains_and_times_nothing(tmp_path, paper):
         "findings": 1,
         "report": 1,
         "workflow_report": 1,
+        "explorer": 1,
         "all": 1,
     }
     assert planned(snakemake("-n", cwd=tmp_path, paper=paper)) == everything

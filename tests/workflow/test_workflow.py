@@ -1,12 +1,16 @@
-"""The DAG: what reruns when something changes, in dry runs; a whole tiny study, twice."""
+"""The DAG: what reruns when something changes, in dry runs; a whole tiny study, twice, and its experiments."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from calls import planned, snakemake
+from calls import planned, session, snakemake
+
+EXPERIMENTS = ("isoflop_sweep", "latency_profile", "context_scaling")
+TWO_CONTEXTS = "+study.isoflop.c64={context_length: 64, budget_flops: 4.0e+8, sizes: [tiny, small, mid, big]}"
 
 
 def test_the_papers_study_dry_runs(tmp_path):
@@ -52,7 +56,7 @@ def finished(tiny_overrides, text_folder, tmp_path_factory):
     shutil.copytree(text_folder, text)
     conf = Path(os.environ["XLSTM_SCALING_CONF"])
     words = ["--config", "study=tiny", f"overrides=[corpus.path={text}]"]
-    snakemake(*words, cwd=folder, conf=conf)
+    snakemake(*words, cwd=folder, conf=conf, **session())
     return folder, conf, words
 
 
@@ -137,7 +141,7 @@ def test_a_lost_result_is_found_again_without_training(finished):
     run = next((folder / "results" / "runs").iterdir())
     before = (run / "final.ckpt").stat().st_mtime_ns
     (run / "result.json").unlink()
-    snakemake("train", *words, cwd=folder, conf=conf)
+    snakemake("train", *words, cwd=folder, conf=conf, **session())
     assert (run / "result.json").exists()
     assert (run / "final.ckpt").stat().st_mtime_ns == before
 
@@ -148,3 +152,35 @@ def test_a_new_certificate_retrains_nothing(finished):
     jobs = planned(snakemake("-n", "--forcerun", "certify", *words, cwd=folder, conf=conf))
     assert jobs["certify"] == 1
     assert "train_run" not in jobs
+
+
+@pytest.mark.slow
+def test_experiments_run_and_say_where_their_outputs_are(finished, tmp_path):
+    """In a folder that has the study's runs: those of a second context are trained, the others are not again."""
+    folder, conf, _ = finished
+    for name in ("tokens", "certificates", "runs"):
+        shutil.copytree(folder / "results" / name, tmp_path / "results" / name)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "runs").glob("*/final.ckpt")}
+    overrides = [f"corpus.path={folder / 'text'}", TWO_CONTEXTS, "inference.profile.size=d32b1"]
+    overrides += ["inference.profile.prefill_lengths=[16,32]", "inference.profile.max_cell_s=1e3"]
+    words = ["--config", "study=tiny", f"overrides={json.dumps(overrides)}"]
+    text = snakemake(*EXPERIMENTS, *words, cwd=tmp_path, conf=conf, **session())
+    study = tmp_path / "results" / "tiny"
+    for name, figure in zip(EXPERIMENTS, ("isoflop_curves", "latency_profile", "context_scaling")):
+        assert f"figure figures/{figure}.svg" in text
+        assert (study / name / "figures" / f"{figure}.png").stat().st_size > 1000
+    assert not (study / "runs.parquet").exists()  # nothing else was made
+    assert len(before) == 8
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    profile = pd.read_parquet(study / "latency_profile" / "inference" / "measurements.parquet")
+    assert profile["status"].tolist() == ["ok"] * 4
+    twins = pd.read_parquet(study / "context_scaling" / "context_scaling.parquet")
+    assert (twins["status"] == "ok").all() and set(twins["source"]) == {"study", "extra"}
+    assert (twins["tokens_ratio"] == 1).all()
+    assert "Nothing to be done" in snakemake(*EXPERIMENTS, *words, cwd=tmp_path, conf=conf)
+    # settings of one experiment concern it alone; drawing again measures nothing
+    changed = [*words[:-1], f"overrides={json.dumps([*overrides, 'inference.profile.repeats=1'])}"]
+    jobs = planned(snakemake("-n", *EXPERIMENTS, *changed, cwd=tmp_path, conf=conf))
+    assert jobs == {"latency_profile_tables": 1, "latency_profile": 1}
+    shutil.rmtree(study / "latency_profile" / "figures")
+    assert planned(snakemake("-n", "latency_profile", *words, cwd=tmp_path, conf=conf)) == {"latency_profile": 1}

@@ -20,9 +20,16 @@
       this.field = X.element("input", { type: "text", id, inputmode: "text", placeholder: spec.empty ?? null, spellcheck: "false" });
       this.slider = X.element("input", { type: "range", min: 0, max: STEPS, step: 1, "aria-label": spec.label, id: `${id}-slider` });
       this.problem = X.element("span", { class: "problem", role: "alert" });
-      this.node = X.element("div", { class: "control" }, X.element("label", { for: id }, spec.label), this.field, this.slider, this.problem);
+      const marks = spec.ticks && X.element("datalist", { id: `${id}-marks` }, ...spec.ticks.map((value) => X.element("option", { value: this.position(value) })));
+      if (marks) this.slider.setAttribute("list", marks.id);
+      this.node = X.element("div", { class: "control" }, X.element("label", { for: id }, spec.label), this.field, this.slider, this.problem, ...(marks ? [marks] : []));
       this.slider.addEventListener("input", () => change(spec.key, this.ofSlider()));
       this.field.addEventListener("change", () => this.read(change));
+    }
+
+    position(value) {
+      const at = Math.round((STEPS * Math.log(value / this.low)) / Math.log(this.high / this.low));
+      return Math.min(Math.max(at, 0), STEPS);
     }
 
     ofSlider() {
@@ -50,8 +57,7 @@
       this.field.value = value === null ? "" : this.text(value);
       this.field.title = value === null ? "" : String(value);
       const off = this.off === "low" ? 0 : STEPS;
-      const at = value === null ? off : Math.round((STEPS * Math.log(value / this.low)) / Math.log(this.high / this.low));
-      this.slider.value = Math.min(Math.max(at, 0), STEPS);
+      this.slider.value = value === null ? off : this.position(value);
       this.slider.setAttribute("aria-valuetext", value === null ? this.empty : this.text(value));
     }
   }

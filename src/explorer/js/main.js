@@ -1,6 +1,7 @@
 // The page: settings in, answer out; one computation a frame, however fast a slider moves.
 (function (X) {
   "use strict";
+  const REST_MS = 200;
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
 
   X.App = class {
@@ -11,17 +12,22 @@
       this.defaults = X.defaults(data);
       this.settings = X.parseFragment(location.hash, this.defaults, data);
       this.pending = new Set();
+      this.timer = null;
     }
 
     get runtime() {
       return this.runtimes.find((one) => one.device === this.settings.times) ?? null;
     }
 
+    get link() {
+      return `${location.href.split("#")[0]}#${X.fragment(this.settings, this.defaults)}`;
+    }
+
     start() {
       this.theme = new X.Theme(document.getElementById("theme"), () => this.redraw("theme"));
       const form = document.getElementById("controls");
       const specs = this.archs.length ? X.controls(this.data, this.archs, this.runtimes[0] ?? null) : [];
-      const actions = { "Copy link": ["copy-link", () => X.copy(location.href)], Reset: ["reset", () => this.take({ ...this.defaults, hide: [] })] };
+      const actions = { "Copy link": ["copy-link", () => X.copy(this.link)], Reset: ["reset", () => this.take({ ...this.defaults, hide: [] })] };
       if (this.archs.length) actions["Copy command"] = ["copy-command", () => X.copy(X.command(this.settings, this.data))];
       this.form = new X.Form(form, this.data, specs, (key, value) => this.change(key, value), actions);
       this.form.show(this.settings);
@@ -36,10 +42,12 @@
     async plot(items) {
       Bokeh.set_log_level("error"); // the sources are empty until there are figures
       const figures = {};
+      this.plots = {};
       for (const [name, item] of Object.entries(items)) {
         const views = await Bokeh.embed.embed_item(item, name);
         const view = views.roots[0];
         figures[name] = view.model;
+        this.plots[name] = view;
         this.exports(name, view);
       }
       this.views = new X.Views(figures, this.data, this.archs);
@@ -51,6 +59,7 @@
       this.views.fit(this.answer, this.settings);
       this.listen(figures.surface);
       this.draw(new Set(["theme", "runs", "losses", "answer"]));
+      performance.mark("figures");
       document.documentElement.dataset.ready = "true";
     }
 
@@ -117,7 +126,16 @@
         }
         this.draw(what);
       }
-      if (what.has("address")) history.replaceState(null, "", `#${X.fragment(this.settings, this.defaults)}`);
+      if (what.has("address")) this.address();
+    }
+
+    // browsers allow few changes of the address in a time: once the reader rests
+    address() {
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => {
+        this.timer = null;
+        history.replaceState(null, "", `#${X.fragment(this.settings, this.defaults)}`);
+      }, REST_MS);
     }
 
     compute() {
@@ -157,6 +175,7 @@
     X.app = new X.App(read("data"));
     if (!X.app.archs.length) document.getElementById("answer").replaceChildren();
     X.app.start();
+    performance.mark("answer");
     await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve))); // the answer is there first
     await X.app.plot(read("plots"));
   };

@@ -145,7 +145,7 @@
         const arch = this.archs[i], pool = answer.pools[i], { smooth } = pool, { question } = answer;
         const tokens = (from, k) => X.allocation(question, arch, from, k).tokens;
         const sizes = X.range(Math.ceil(smooth.train.length / 6), (at) => Math.min(6 * at, smooth.train.length - 1));
-        const line = sizes.map((k) => [smooth.num_params[k], tokens(smooth, k)]).filter(([, D]) => D >= 1 && Number.isFinite(D));
+        const line = sizes.map((k) => [smooth.num_params[k], tokens(smooth, k)]).filter(([, D]) => D >= 1 && Number.isFinite(D)).sort((a, b) => a[0] - b[0]);
         const kept = this.keptLine(pool, question, (k) => tokens(pool, k));
         this.source("surface", `isoflop ${arch.id}`).data = { x: line.map(([N]) => N), y: line.map(([, D]) => D), kept: line.map(([N, D]) => (kept(N) ? D : NaN)) };
         const { lo, hi, value } = part.optimum.num_params;
@@ -239,10 +239,10 @@
 
   // training FLOPs of N parameters on D tokens, by the size nearest to N
   X.flopsAt = function (pool, N, D) {
-    const { log_params, train } = pool.smooth;
-    const step = (log_params[log_params.length - 1] - log_params[0]) / (log_params.length - 1);
-    const at = Math.round((Math.log(N) - log_params[0]) / step);
-    return D * train[Math.min(Math.max(at, 0), train.length - 1)];
+    const { log_params, train } = pool.smooth, distance = (k) => Math.abs(log_params[k] - Math.log(N));
+    let nearest = 0;
+    for (let k = 1; k < train.length; k++) if (distance(k) < distance(nearest)) nearest = k;
+    return D * train[nearest];
   };
 
   // round numbers near some ascending ones, as few digits as keep them apart
