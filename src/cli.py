@@ -422,9 +422,20 @@ def expected_errors() -> tuple[type[Exception], ...]:
     return (ValueError, FileNotFoundError, OSError)
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments, with overrides before and after options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     level = os.environ.get("XLSTM_SCALING_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {"count": _count, "certify": _certify, "tune": _tune}

@@ -308,8 +308,24 @@ def normalise_overrides(overrides: Any) -> list[str]:
         return []
     if isinstance(overrides, str):
         text = overrides.strip()
-        return [str(item) for item in yaml.safe_load(text)] if text.startswith("[") else text.split()
+        return _listed(text) if text.startswith("[") else text.split()
     return [str(item) for item in overrides]
+
+
+def _listed(text: str) -> list[str]:
+    """The items of ``[a=1, b=[2,3]]``: YAML where it is YAML, else split at the commas outside of inner brackets."""
+    try:
+        return [str(item) for item in yaml.safe_load(text)]
+    except yaml.YAMLError:
+        pass
+    items, depth = [""], 0
+    for character in text.removeprefix("[").removesuffix("]"):
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    return [item.strip() for item in items if item.strip()]
 
 
 def _in_full(override: str) -> str:

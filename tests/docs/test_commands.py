@@ -104,6 +104,8 @@ def check_snakemake(command: Command) -> None:
     words = list(command.words) if command.program == "snakemake" else ["--config", *command.words]
     arguments = snakemake_parser().parse_args([*words, "--cores", "1"])
     schema = yaml.safe_load((REPOSITORY / "workflow" / "schemas" / "config.schema.yaml").read_text())["properties"]
+    if stray := [item for item in arguments.config or [] if "=" not in item]:
+        raise Wrong(f"--config takes {', '.join(stray)} for a setting: targets stand before it")
     given = dict(item.split("=", 1) for item in arguments.config or [])
     if unknown := sorted(set(given) - set(schema)):
         raise Wrong(f"no setting {', '.join(unknown)} of the workflow")
@@ -200,7 +202,7 @@ def test_commands_in_running_text_exist(path):
     wrong = []
     for code in inline_code(path):
         words = code.text.split()
-        if words[:1] == ["xlstm-scaling"] and len(words) > 1 and re.fullmatch(r"[a-z-]+", words[1]):
+        if words[:1] == ["xlstm-scaling"] and len(words) > 1 and re.fullmatch(r"[a-z][a-z-]*", words[1]):
             if words[1] not in subcommands:
                 wrong.append(f"{code.where}: no command {words[1]}")
                 continue
@@ -221,6 +223,14 @@ def test_commands_in_running_text_exist(path):
             except Wrong as error:
                 wrong.append(f"{code.where}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_overrides_may_stand_after_options():
+    arguments = cli._parse(["train", "study=smoke", "--run", "x", "training.seed=5"])
+    assert arguments.overrides == ["study=smoke", "training.seed=5"] and arguments.run == "x"
+    for words in (["train", "study=smoke", "--rum", "x"], ["train", "--run", "x", "--all", "oops"], ["memory", "a=b"]):
+        with pytest.raises(SystemExit):
+            cli._parse(words)
 
 
 def test_there_are_commands_to_check():

@@ -56,6 +56,8 @@ def test_overrides_in_any_form():
     assert normalise_overrides("[study=smoke, training.seed=2]") == expected
     assert normalise_overrides("study=smoke training.seed=2") == expected
     assert normalise_overrides(None) == []
+    nested = ["architectures=[xlstm,hybrid]", "study.heads.x={num_heads: 1, head_dim: null}", "training.seed=2"]
+    assert normalise_overrides(f"[{', '.join(nested)}]") == nested
 
 
 def test_a_composed_configuration_cannot_change():

@@ -80,13 +80,14 @@
   const REST = ["activation_bytes", "constant", "block", "batched_block", "sequence"];
 
   // share of a call's bytes that come from memory where the last cache holds `held` times all of them
-  function memoryShare(held, p) {
-    return held > 0 ? Math.max(-Math.expm1(-Math.log1p(1 / Math.max(Math.pow(held, p), 1e-300)) / p), 1e-300) : 1;
+  const EDGE = 6; // how sharp its edge is (accounting/caches.py)
+  function memoryShare(held) {
+    return 1 / (1 + Math.pow(Math.min(held, 1e3), EDGE));
   }
 
   // time [s] by a row of the runtime model (docs/runtime.md): counts and costs by term
   X.fittedTime = function (counts, costs, p) {
-    const missed = memoryShare((costs.cache ?? 0) * counts.cache, p);
+    const missed = memoryShare((costs.cache ?? 0) * counts.cache);
     const share = (term) => (SPARED.includes(term) ? missed : 1) * costs[term] * counts[term];
     const parts = LINEAR.map(share);
     const larger = Math.max(...parts, Number.MIN_VALUE);

@@ -90,13 +90,13 @@
     const parts = new URLSearchParams();
     for (const key of NUMBERS) {
       const shown = ["budget", "context"].includes(key) || settings[key] !== defaults[key];
-      if (shown) parts.set(key, settings[key] === null ? "none" : String(settings[key]));
+      if (shown) parts.set(key, settings[key] === null ? "none" : String(settings[key]).replace("e+", "e"));
     }
     for (const key of ["times", "surface"]) if (settings[key] !== defaults[key]) parts.set(key, settings[key]);
     if (settings.hide.length) parts.set("hide", settings.hide.join(","));
     if (settings.only) parts.set("only", "1");
     if (settings.view) parts.set("view", settings.view.map((value) => Number(value.toPrecision(5))).join(","));
-    return parts.toString();
+    return parts.toString().replace(/%2C/g, ",");
   };
 
   // the settings that an address asks for; what it has wrong stays as it is by default

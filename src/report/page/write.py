@@ -219,7 +219,7 @@ def _comparison(paths: StudyPaths, data: Tables, caption: captions.Caption) -> d
         (quantity, answer.name_of(arch), [(row.study, row.ranking) for row in group.itertuples()])
         for (quantity, arch), group in table[table["ranking"] != ""].groupby(["quantity", "arch"], sort=False)
     ]
-    drawn = any(stem.with_suffix(kind).is_file() for kind in (".png", ".svg"))
+    drawn = [f"comparison/comparison{kind}" for kind in (".svg", ".png") if stem.with_suffix(kind).is_file()]
     return {
         "studies": studies,
         "rows": rows,
@@ -229,6 +229,7 @@ def _comparison(paths: StudyPaths, data: Tables, caption: captions.Caption) -> d
         "words": VERDICTS,
         "ranks": ranks,
         "picture": pictures.embedded(stem) if drawn else None,
+        "file": drawn[0] if drawn else "",
         "caption": caption.first + caption.more,
         "stale": _stale(table, paths.name, data),
     }
