@@ -339,7 +339,8 @@ def explore(config: DictConfig, paths: StudyPaths, out: Path | None = None) -> P
     try:
         from xlstm_scaling.explorer.page import write_page
     except ModuleNotFoundError as error:
-        raise ConfigError(f"the explorer is drawn by Bokeh, and {error.name} is missing: make env installs it") from None
+        text = f"the explorer is drawn by Bokeh, and {error.name} is missing: make env installs it"
+        raise ConfigError(text) from None
     target = paths.study / "explorer.html" if out is None else out
     write_page(study_data(paths.study, config.study.title), target)
     return target

@@ -332,5 +332,10 @@ def fit_runtime_models(
             models.append(keys | row)
             predictions.append(predicted)
     if not usable:
-        raise FitError(f"no usable measurement: {reasons(measurements)}")
+        hint = (
+            "; raise inference.max_cell_s, or call again on a quieter machine"
+            if (measurements["status"] == "skipped").any()
+            else ""
+        )
+        raise FitError(f"no usable measurement: {reasons(measurements)}{hint}")
     return model_table(models), prediction_table(predictions)

@@ -65,10 +65,10 @@ class Records:
                 stream.write("\n")
 
     def find(self, empty: Cell) -> Cell:
-        """What is known of this cell: measured or given up, measured in part, or ``empty``. One whose process failed is
-        tried again."""
+        """What is known of this cell: measured, too large for the memory, measured in part, or ``empty``. One whose
+        process failed, or that took too long, is tried again: whoever calls again may have a quieter machine."""
         known = self._cells.get(empty.key, empty)
-        return empty if known.status == "failed" else known
+        return empty if known.status in ("failed", "skipped") else known
 
     def keep(self, cell: Cell) -> None:
         """Write a cell as it is now."""

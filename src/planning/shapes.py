@@ -66,9 +66,7 @@ class ShapeFamily:
 
     def shape(self, embedding_dim: int, num_blocks: int) -> ModelShape:
         heads = self.num_heads(embedding_dim)
-        return make_shape(
-            self.arch, embedding_dim, num_blocks, heads, self.vocab_size, self.chunk_size, **self.options
-        )
+        return make_shape(self.arch, embedding_dim, num_blocks, heads, self.vocab_size, self.chunk_size, **self.options)
 
 
 def family_of_runs(arch: str, runs: pd.DataFrame | None, vocab_size: int | None = None) -> ShapeFamily:

@@ -435,7 +435,8 @@ def context_power_law(
 @answer
 def context_exponent_difference(evidence: Evidence, budget: float, of: str) -> Answer:
     """Exponent of xLSTM's N* or D* in the context minus the Transformer's, at a budget; runs counted once."""
-    keys = {"arch": difference("xlstm", "transformer"), "isoflop_tag": budget, "variable": of, "predictor": "context_length"}
+    pair = difference("xlstm", "transformer")
+    keys = {"arch": pair, "isoflop_tag": budget, "variable": of, "predictor": "context_length"}
     value, low, high, _ = _law(evidence, "exponent", 3, False, (0.9 * budget, 1.1 * budget), **keys)
     runs = evidence.runs[evidence.runs["isoflop_tag"] == budget]
     note, independent = _read_off(runs)

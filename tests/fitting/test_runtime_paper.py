@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from xlstm_scaling.accounting import shape_of_row
 from xlstm_scaling.accounting.hardware import DEVICES
 from xlstm_scaling.fitting.runtime_model import fit_runtime_models, predict_step_time_s, predict_ttft_s
 from xlstm_scaling.fitting.runtime_tables import PARAMETERS, RATES
 from xlstm_scaling.fitting.runtime_versions import doubling_growth, is_steady
-from xlstm_scaling.accounting import shape_of_row
 from xlstm_scaling.inference.counts import add_counts
 from xlstm_scaling.study.published import measurements_table
 

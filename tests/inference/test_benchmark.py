@@ -177,6 +177,8 @@ def test_a_cell_that_takes_too_long_is_skipped_and_longer_ones_not_tried(config,
     assert "max_cell_s" in table["detail"].iloc[0]
     assert table["detail"].str.contains("not tried").tolist() == [False, True, True, True]
     assert table["ttft_s"].isna().all() and (table["repeats"] == 0).all()
+    again = measure([tiny()], config, tmp_path, progress=False)  # in the same folder, on a machine that has the time
+    assert (again["status"] == "ok").all()
 
 
 def test_a_cell_that_memory_cannot_hold_is_never_run(config, tmp_path):

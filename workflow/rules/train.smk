@@ -1,7 +1,6 @@
 # several devices a run: a process each, by torchrun (docs/distribution.md)
 DEVICES = study.config.hardware.devices_per_run
 JOBS = study.resources
-ARGUMENTS = study.arguments
 if "SLURM_JOB_ID" in os.environ and workflow.remote_exec:
     # a job of the profile slurm: it may have several nodes, and goes on in a next job where it is stopped
     TRAIN = f"exec python -m xlstm_scaling.study.slurm {JOBS.launcher}"
@@ -73,6 +72,8 @@ rule train_run:
     resources:
         **JOBS.devices,
         command=TRAIN,
+        # no parameter: another setting elsewhere does not concern a run
+        arguments=study.arguments,
         slurm_extra=JOBS.slurm_options,
         # one after the other in a job that they share
         runs_at_once=1,
@@ -84,7 +85,5 @@ rule train_run:
         "training {wildcards.run}"
     shell:
         # a run that was there when the workflow began, and has to be finished again, has no plan as its input
-        """
-        if [ -n "{input.plan}" ]; then set -- --results {params.results} --plan {input.plan}; else set -- {ARGUMENTS}; fi
-        {resources.command} "$@" --run {wildcards.run} 2> {log} >&2
-        """
+        'if [ -n "{input.plan}" ]; then set -- --results {params.results} --plan {input.plan}; else set -- {resources.arguments}; fi; '
+        '{resources.command} "$@" --run {wildcards.run} 2> {log} >&2'
