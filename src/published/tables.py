@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from xlstm_scaling.accounting import ARCHITECTURES, ModelShape
+from xlstm_scaling.accounting import ARCHITECTURES
+from xlstm_scaling.accounting.shapes import DIMENSIONS
 from xlstm_scaling.study.runs import SCHEMA_PATH
 
 #: factors of the units that a mapping may name; a plain number does as well
@@ -30,7 +31,7 @@ UNITS = {
 #: what a table must give; D may follow from FLOPs and N
 REQUIRED = ("arch", "context_length", "num_params", "num_tokens", "val_loss")
 DEFAULTS = {"source": "published", "experiment_set": "other"}
-SHAPE = tuple(ModelShape.__dataclass_fields__)
+SHAPE = ("arch", *DIMENSIONS, "chunk_size")
 
 
 class MappingError(ValueError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "explorer"))
-from planted_study import ALL_SURFACES, BASE, write_study
+from explorer_study import ALL_SURFACES, BASE, write_study
 
 from xlstm_scaling.cli import _parser
 from xlstm_scaling.explorer.data import study_data

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "report"))
 from conftest import PHONE
-from planted_study import CAPTIONS, CONFIG, make_ledger, make_study
+from page_study import CAPTIONS, CONFIG, make_ledger, make_study
 
 from xlstm_scaling.report.page.write import write_page
 from xlstm_scaling.study.files import write_table

@@ -114,7 +114,7 @@ def test_missing_sources_say_what_to_do(tmp_path):
         source_files({"name": "x", "package": "no_such_text", "install": "no-such-text==1", "glob": "*.txt"})
     with pytest.raises(CorpusError, match=r"nowhere does not exist"):
         source_files({"path": str(tmp_path / "nowhere")})
-    with pytest.raises(CorpusError, match=r"no files .*\.jsonl\.zst"):
+    with pytest.raises(CorpusError, match=r"holds none.*\.jsonl\.zst"):
         source_files({"path": str(tmp_path)})
     (tmp_path / "a.pdf").write_bytes(b"x")
     with pytest.raises(CorpusError, match=r"None of the 1 files .*a\.pdf.*\.jsonl\.zst, \.parquet"):

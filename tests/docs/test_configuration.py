@@ -11,7 +11,8 @@ from xlstm_scaling.study.config import GROUPS, ConfigError, compose, conf_dir, t
 from xlstm_scaling.study.reference import ENVIRONMENT, INTERNAL, architecture_keys, group_keys, reference
 
 
-def test_page_is_up_to_date():
+def test_page_is_up_to_date(monkeypatch):
+    monkeypatch.delenv("XLSTM_SCALING_CONF", raising=False)  # the tests' own settings
     written = (REPOSITORY / "docs" / "configuration.md").read_text()
     assert written == reference(), "stale: xlstm-scaling config-reference --out docs/configuration.md"
 

@@ -1,5 +1,5 @@
 import pytest
-from planted_study import write_study
+from explorer_study import write_study
 
 from xlstm_scaling.explorer.data import study_data
 

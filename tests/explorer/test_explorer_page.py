@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from importlib import resources
 
 import pytest
-from planted_study import ALL_SURFACES, DEVICE, runtime_table, write_study
+from explorer_study import ALL_SURFACES, DEVICE, runtime_table, write_study
 
 from xlstm_scaling.cli import run_command
 from xlstm_scaling.explorer.data import study_data, study_runtimes

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from planted_study import CAPTIONS, CONFIG, Page, make_ledger, make_study, page_of
+from page_study import CAPTIONS, CONFIG, Page, make_ledger, make_study, page_of
 
 from xlstm_scaling.report.comparison import compare_studies, write_comparison
 from xlstm_scaling.report.page.answer import cards
@@ -282,6 +282,7 @@ def test_the_published_study(paper, tmp_path):
     """A part of the real ledger: what the page says is what the claims say."""
     import yaml
 
+    import xlstm_scaling.published.claims_inference  # noqa: F401 (enters its answers)
     from xlstm_scaling.published.claims import build_ledger, load_claims
     from xlstm_scaling.published.claims_answers import FUNCTIONS, Evidence
     from xlstm_scaling.published.ingest import ingest
