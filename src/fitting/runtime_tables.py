@@ -34,8 +34,9 @@ PARAMETERS = {
 }
 #: constants that are the inverse of their cost
 RATES = tuple(term for term in TERMS if PARAMETERS[term].endswith("_per_s"))
-#: a rate may be so many times what a probe saw, and the cache so many times larger or smaller
-PROBE_MARGIN, CACHE_MARGIN = 1.1, 2.0
+#: a rate may be so many times what a probe saw; a cache may hold so many times less than its data sheet says, and so
+#: many times more or less than a probe saw: that one reads alone, models write as well
+PROBE_MARGIN, CACHE_MARGIN, PROBED_CACHE_MARGIN = 1.1, 2.0, 4.0
 #: columns of the table of measurements, after ``ttft_`` or ``step_time_``
 COUNTS = ("linear_flops", "weight_bytes", "mixing_flops", "scores", "state_bytes", "streams", "activation_bytes")
 SETTINGS = ("dtype", "num_threads", "prefill_logits")
@@ -91,7 +92,7 @@ def device_limits(device: str, dtype: str, probed: pd.DataFrame | None = None) -
 
     By its data sheet (``accounting.hardware``), else by the table ``device`` of a probe: no rate is above the best of
     its upper quartiles by more than `PROBE_MARGIN`, and the cache is that of the probe within a factor of
-    `CACHE_MARGIN`: other virtual machines may share it. What neither says is not there.
+    `PROBED_CACHE_MARGIN`: other virtual machines may share it. What neither says is not there.
     """
     if (sheet := find_device(device)) is not None and dtype in ("bfloat16", "float16", "float32"):
         cache = {"cache_bytes": (sheet.cache_bytes / CACHE_MARGIN, sheet.cache_bytes)}
@@ -106,7 +107,7 @@ def device_limits(device: str, dtype: str, probed: pd.DataFrame | None = None) -
             limits[str(quantity)] = (0.0, PROBE_MARGIN * float(rows["value_hi"].max()))
         elif quantity == "cache_bytes":
             value = float(rows["value"].iloc[0])
-            limits["cache_bytes"] = (value / CACHE_MARGIN, value * CACHE_MARGIN)
+            limits["cache_bytes"] = (value / PROBED_CACHE_MARGIN, value * PROBED_CACHE_MARGIN)
     return limits
 
 

@@ -17,12 +17,12 @@ from xlstm_scaling.fitting.runtime_model import fit_runtime_models, predict_step
 from xlstm_scaling.fitting.runtime_prediction import _times
 from xlstm_scaling.fitting.runtime_solver import TERMS, Design, elasticities, solve
 from xlstm_scaling.fitting.runtime_tables import (
-    CACHE_MARGIN,
     COUNTS,
     MODEL_COLUMNS,
     PARAMETERS,
     PREDICTION_COLUMNS,
     PROBE_MARGIN,
+    PROBED_CACHE_MARGIN,
     RATES,
     constants,
     costs_of,
@@ -185,9 +185,9 @@ def test_a_planted_cache_comes_back_and_extrapolates_to_models_that_lie_in_it(se
 
 def test_the_cache_is_bound_by_what_the_probe_saw(settings):
     table = planted(noise=0.02, change=CACHED, shapes=CACHED_SHAPES)
-    models, _ = fit_runtime_models(table, settings, probed(CACHE_BYTES / 3))
+    models, _ = fit_runtime_models(table, settings, probed(CACHE_BYTES / 6))
     assert (models["cache_bytes"] > 0).any()
-    assert (models["cache_bytes"] <= CACHE_BYTES / 3 * CACHE_MARGIN * (1 + 1e-9)).all()
+    assert (models["cache_bytes"] <= CACHE_BYTES / 6 * PROBED_CACHE_MARGIN * (1 + 1e-9)).all()
     no_cache = probed(CACHE_BYTES)[lambda rows: rows["quantity"] != "cache_bytes"]
     models, _ = fit_runtime_models(table, settings, no_cache)
     assert (models["cache_bytes"] == 0).all()
@@ -201,7 +201,7 @@ def test_limits_are_those_of_the_data_sheet_else_of_the_probe():
     limits = device_limits("cpu", "float32", pd.concat([table, table.assign(device="another", value_hi=1e30)]))
     assert set(limits) == {"flops_per_s", "bytes_per_s", "cache_bytes"}
     assert limits["flops_per_s"] == (0.0, PROBE_MARGIN * 4e13) and limits["bytes_per_s"] == (0.0, PROBE_MARGIN)
-    assert limits["cache_bytes"] == (1e7 / CACHE_MARGIN, 1e7 * CACHE_MARGIN)
+    assert limits["cache_bytes"] == (1e7 / PROBED_CACHE_MARGIN, 1e7 * PROBED_CACHE_MARGIN)
     peaks = dict(zip(TERMS, peak_rates(limits)))
     assert peaks["linear_flops"] == PROBE_MARGIN * 4e13 and peaks["weight_bytes"] == PROBE_MARGIN
     assert np.isinf(peaks["block"]) and np.isinf(peaks["cache"])
