@@ -1,9 +1,16 @@
-"""Small models whose sequence mixing matters: all parameters are moved away from their initial values."""
+"""Small models whose sequence mixing matters: all parameters are moved away from their initial values; and decoders."""
 
+import pytest
 import torch
 
 from xlstm_scaling.accounting import make_shape
+from xlstm_scaling.inference.decoder import ModuleDecoder
+from xlstm_scaling.inference.decoder_cpp import CppDecoder
+from xlstm_scaling.inference.decoder_graph import GraphDecoder
+from xlstm_scaling.kernels.cpp import build
 from xlstm_scaling.models import build_model
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
 
 def lively_model(arch, dtype=torch.float32, vocab_size=37, embedding_dim=16, num_blocks=2, num_heads=2, chunk=4):
@@ -19,3 +26,15 @@ def lively_model(arch, dtype=torch.float32, vocab_size=37, embedding_dim=16, num
             else:
                 p.add_(0.3 * torch.randn(p.shape, generator=generator))
     return model.eval()
+
+
+def graph_program(model, batch_size, max_length):
+    """What a CUDA graph would replay, run by torch."""
+    return GraphDecoder(model, batch_size, max_length, capture=False)
+
+
+PROGRAMS = [
+    pytest.param(CppDecoder, marks=needs_compiler, id="cpp"),
+    pytest.param(graph_program, id="graph"),
+    pytest.param(ModuleDecoder, id="torch"),
+]

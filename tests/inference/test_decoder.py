@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lively import lively_model
+from lively import PROGRAMS, lively_model, needs_compiler
 
 from xlstm_scaling.inference import decoder_cpp
 from xlstm_scaling.inference.decoder import TOLERANCE, DecoderError, ModuleDecoder, logit_error, make_decoder
@@ -17,25 +17,12 @@ from xlstm_scaling.inference.timing import prepare, timed_pass
 from xlstm_scaling.kernels import registry
 from xlstm_scaling.kernels.cpp import build
 
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 SHAPES = [
     {},
     {"embedding_dim": 42, "num_heads": 3, "vocab_size": 101},
     {"embedding_dim": 40, "num_heads": 1, "num_blocks": 1},
     {"embedding_dim": 64, "num_heads": 2, "vocab_size": 517},
-]
-
-
-def graph_program(model, batch_size, max_length):
-    """What a CUDA graph would replay, run by torch."""
-    return GraphDecoder(model, batch_size, max_length, capture=False)
-
-
-PROGRAMS = [
-    pytest.param(CppDecoder, marks=needs_compiler, id="cpp"),
-    pytest.param(graph_program, id="graph"),
-    pytest.param(ModuleDecoder, id="torch"),
 ]
 
 

@@ -2,28 +2,12 @@
 
 import pytest
 import torch
-from lively import lively_model
+from lively import PROGRAMS, lively_model
 
 from xlstm_scaling.accounting.serving import state_bytes as accounted_state_bytes
-from xlstm_scaling.inference.decoder import ModuleDecoder, make_decoder
-from xlstm_scaling.inference.decoder_cpp import CppDecoder
-from xlstm_scaling.inference.decoder_graph import GraphDecoder
+from xlstm_scaling.inference.decoder import make_decoder
 from xlstm_scaling.inference.generation import generate, generate_batch, prefill, prefill_batch, state_bytes
-from xlstm_scaling.kernels.cpp import build
 
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
-
-
-def graph_program(model, batch_size, max_length):
-    """What a CUDA graph would replay, run by torch."""
-    return GraphDecoder(model, batch_size, max_length, capture=False)
-
-
-PROGRAMS = [
-    pytest.param(CppDecoder, marks=needs_compiler, id="cpp"),
-    pytest.param(graph_program, id="graph"),
-    pytest.param(ModuleDecoder, id="torch"),
-]
 #: mLSTM, mLSTM, mLSTM, attention, mLSTM; heads of another size in the attention block (18 = 3 x 6, not 36)
 SIZES = {"num_blocks": 5, "embedding_dim": 72, "num_heads": 2}
 
