@@ -12,7 +12,7 @@ from xlstm_scaling.explorer.costs import BASIS, MEMORY_TERMS, Form, coefficients
 from xlstm_scaling.planning.errors import PlanningError
 from xlstm_scaling.planning.shapes import ShapeFamily
 
-GRID = ((512, 6), (768, 15), (1024, 24), (4096, 33))
+GRID = ((512, 1), (512, 6), (768, 15), (1024, 24), (4096, 33))
 LENGTHS = (1, 17, 63, 64, 129, 4095, 70001, 3_000_001)
 WIDTHS = (2, 4)
 
@@ -57,7 +57,7 @@ def test_training_and_memory(counted):
     np.testing.assert_array_equal(unpack(costs["num_params"]), [count_params(shape) for shape in shapes])
     for length in LENGTHS[1:]:
         expected = [count_flops(shape, length).forward_backward / length for shape in shapes]
-        np.testing.assert_allclose(evaluate(costs["train"], length, costs["chunk"], 4), expected, rtol=1e-9)
+        np.testing.assert_allclose(evaluate(costs["train"], length, costs["chunk"], len(shapes)), expected, rtol=1e-9)
     for prompt, generate, batch in ((3, 900, 7), (20000, 1, 1)):
         factors = dict(zip(MEMORY_TERMS, (1, batch, batch * prompt, batch * (prompt + generate))))
         for width in WIDTHS:
