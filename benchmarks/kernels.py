@@ -45,6 +45,7 @@ import torch  # noqa: E402
 
 from xlstm_scaling.accounting.hardware import DEVICES, Device, find_device  # noqa: E402
 from xlstm_scaling.kernels import problems, roofline, select  # noqa: E402
+from xlstm_scaling.kernels.cpp import tiles  # noqa: E402
 from xlstm_scaling.kernels.problems import Problem, gradient_like  # noqa: E402
 
 #: relative root mean square error against the float32 reference above which an implementation is wrong
@@ -530,6 +531,7 @@ def cpu_mlstm(lengths, dtypes, clock, seconds, out):
     if fastest != "cpu":
         contenders["ours, backend cpu"] = ours("cpu")
     out.summary["cpu_backend"] = fastest
+    out.summary["cpu_matrix_units"] = tiles.in_use("mlstm") if fastest == "cpp" else "off"
     for T in lengths:
         for dtype in dtypes:
             problem = problems.mlstm(8, 2, T, 64, 128, dtype)

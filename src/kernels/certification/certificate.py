@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from xlstm_scaling.kernels.cpp import tiles
 from xlstm_scaling.study.files import digest, read_json
 from xlstm_scaling.study.machine import cpu_flags
 
@@ -42,8 +43,10 @@ def cpu_model() -> str:
 
 
 def describe_cpu() -> dict[str, Any]:
-    """Model, architecture and the instruction sets that matter."""
+    """Model, architecture and the instruction sets that matter; and whether they are used otherwise than by default."""
     flags = [flag for flag in MATTERING_FLAGS if flag in cpu_flags()]
+    if (setting := tiles.setting()) != "auto":
+        flags.append(f"matrix units {setting}")
     return {"type": "cpu", "name": cpu_model(), "architecture": platform.machine(), "flags": flags}
 
 

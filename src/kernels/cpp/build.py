@@ -51,14 +51,14 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "xlstm-scaling"
 
 
-def library_path(name: str) -> Path:
-    """Where the library of ``<name>.cpp`` belongs; BuildError without a compiler."""
+def library_path(name: str, *defines: str) -> Path:
+    """Where the library of ``<name>.cpp`` belongs, with macros such as TILES=1; BuildError without a compiler."""
     command = compiler()
     if command is None:
         raise BuildError("no C++ compiler was found (c++, g++, clang++, or the one that CXX names)")
     version = _run([*command, "--version"]).stdout
     digest = hashlib.sha256()
-    for part in (*command, version, *_FLAGS, platform.machine(), _instruction_sets()):
+    for part in (*command, version, *_FLAGS, *defines, platform.machine(), _instruction_sets()):
         digest.update(part.encode() + b"\0")
     for path in sorted((*FOLDER.glob("*.hpp"), FOLDER / f"{name}.cpp")):
         digest.update(path.read_bytes())
@@ -66,16 +66,16 @@ def library_path(name: str) -> Path:
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL:
+def library(name: str, *defines: str) -> ctypes.CDLL:
     """The library compiled from ``<name>.cpp``, from the cache if it is there; BuildError says why there is none."""
     if os.environ.get(SWITCH_VARIABLE) == "0":
         raise BuildError(f"C++ kernels are switched off by {SWITCH_VARIABLE}=0")
-    path = library_path(name)
+    path = library_path(name, *defines)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # not there, or damaged
             return ctypes.CDLL(str(path))
-        _compile(compiler(), FOLDER / f"{name}.cpp", path)
+        _compile([*compiler(), *(f"-D{define}" for define in defines)], FOLDER / f"{name}.cpp", path)
         return ctypes.CDLL(str(path))
     except OSError as error:  # no home, a full disk
         raise BuildError(f"{path.name} could not be kept in {path.parent} ({CACHE_VARIABLE}): {error}") from error

@@ -3,13 +3,16 @@
 // What chunkwise_cpu.py computes, with its notation: in a chunk of L tokens, queries q~ = q * query, keys k~ = k * key, state
 // C, n before it; P = lower(q~ k~'), numerator = P v + q~ C, denominator = P 1 + q~ n, h = numerator * inverse,
 // inverse = 1 / (max(|denominator|, floor) + eps); the state after it is (C + k~' v, n + k~' 1) * decay of the next chunk.
-// Inputs of 16 bits are widened as they are read; everything between is of type T: float, or double for doubles.
+// Inputs of 16 bits are widened as they are read; everything between is of type T: float, or double for doubles. Where the CPU
+// multiplies bf16 in tiles (tiles.hpp), the products of bf16 inputs are made there: P of q and k as they are, its weights after
+// it, so that the denominator is as exact as elsewhere; other products of numbers in two parts.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 #include "numbers.hpp"
 #include "products.hpp"
+#include "tiles.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -68,6 +71,7 @@ template <class T> void clear_upper(int rows, T *x, int row) {
 }
 
 template <class X, class T> struct Head {
+  static constexpr bool TILED = TILES && std::is_same_v<X, bfloat16>;
   const Problem &p;
   const int L, dq, dv, L_row, q_row, v_row;  // row strides
   const int64_t c_row, state_size;
@@ -82,11 +86,62 @@ template <class X, class T> struct Head {
   T *normaliser(int64_t c, int64_t r) const { return (T *)p.normalisers + ((p.keep ? c : 0) * p.R + r) * dq; }
   T decay(int64_t c, int64_t r) const { return ((const T *)p.decay)[c * p.R + r]; }
 
-  size_t forward_size() const { return size_t(2) * L_row * q_row + size_t(q_row) * L_row + size_t(L_row) * (2 * v_row + L_row); }
+  // operands of one product on the tiles
+  struct Operands {
+    uint16_t *left = nullptr, *right = nullptr;
+    T *flipped = nullptr;
+  };
+  size_t packed() const {
+    const int most = std::max({L, dq, dv});
+    return TILED ? packed_size(most, most, 2) * sizeof(uint16_t) / sizeof(T) : 0;
+  }
+  size_t flipped() const { return TILED ? size_t(std::max(L_row, q_row)) * L_row : 0; }
+  size_t operands_size() const { return 2 * packed() + flipped(); }
+  Operands operands(Scratch<T> &scratch) const {
+    T *left = scratch.take(packed()), *right = scratch.take(packed());
+    return {(uint16_t *)left, (uint16_t *)right, scratch.take(flipped())};
+  }
+
+  // what product() computes; on the tiles A and B are taken in so many parts, 1 where they hold what was bf16
+  template <Part PART, int A_PARTS, int B_PARTS>
+  void multiply(const Operands &operands, int M, int N, int K, Left<T> a, const T *b, ptrdiff_t b_row, const T *add, T *to,
+                ptrdiff_t to_row, T scale = 1) const {
+    if constexpr (TILED) {
+      if (a.column != 1) {
+        transpose(K, M, a.data, a.column, operands.flipped, L_row);
+        a = {operands.flipped, L_row, 1};
+      }
+      pack_left<A_PARTS>(M, K, a.data, a.row, operands.left);
+      pack_right<B_PARTS>(K, N, b, b_row, operands.right);
+      tile_product<PART, A_PARTS, B_PARTS>(M, N, K, operands.left, operands.right, add, to, to_row, scale);
+    } else {
+      product<PART>(M, N, K, a, b, b_row, add, to, to_row, scale);
+    }
+  }
+
+  // P of l tokens from start, 0 above the diagonal. q, k_t: weighted
+  void scores(const Operands &operands, int64_t c, int64_t r, int64_t start, int l, const T *q, const T *k_t, T *P) const {
+    if constexpr (TILED) {
+      const T *query = tokens(p.query, c, r), *key = tokens(p.key, c, r);
+      pack_left(l, dq, at<X>(p.q, p.heads, r, start), p.q.token, operands.left);
+      pack_right_transposed(l, dq, at<X>(p.k, p.heads, r, start), p.k.token, operands.right);
+      tile_product<Part::lower_result, 1, 1>(l, l, dq, operands.left, operands.right, (const T *)nullptr, P, L_row, T(1));
+      for (int t = 0; t < l; ++t)
+        for (int s = 0; s <= t; ++s) P[t * L_row + s] *= query[t] * key[s];
+    } else {
+      product<Part::lower_result>(l, padded<T>(l), dq, {q, q_row, 1}, k_t, L_row, (const T *)nullptr, P, L_row);
+    }
+    clear_upper(l, P, L_row);
+  }
+
+  size_t forward_size() const {
+    return size_t(2) * L_row * q_row + size_t(q_row) * L_row + size_t(L_row) * (2 * v_row + L_row) + operands_size();
+  }
 
   void forward(int64_t r, Scratch<T> &scratch) const {
     T *q = scratch.take(L_row * q_row), *k = scratch.take(L_row * q_row), *k_t = scratch.take(q_row * L_row);
     T *v = scratch.take(L_row * v_row), *out = scratch.take(L_row * v_row), *P = scratch.take(L_row * L_row);
+    const Operands packed = operands(scratch);
     for (int64_t c = 0; c < p.N; ++c) {
       const int64_t start = c * L;
       const int l = int(std::min<int64_t>(L, p.T - start));
@@ -96,11 +151,10 @@ template <class X, class T> struct Head {
       load<X, T>(l, dv, at<X>(p.v, p.heads, r, start), p.v.token, nullptr, v, v_row);
       if (l < L) std::fill(k_t, k_t + q_row * L_row, T(0));
       transpose(l, dq, k, q_row, k_t, L_row);
-      product<Part::lower_result>(l, padded<T>(l), dq, {q, q_row, 1}, k_t, L_row, (const T *)nullptr, P, L_row);
-      clear_upper(l, P, L_row);
+      scores(packed, c, r, start, l, q, k_t, P);
       const bool past = c || p.past;
-      product<Part::lower_a>(l, padded<T>(dv), l, {P, L_row, 1}, v, v_row, (const T *)nullptr, out, v_row);
-      if (past) product<Part::all>(l, padded<T>(dv), dq, {q, q_row, 1}, C, c_row, out, out, v_row);
+      multiply<Part::lower_a, 2, 1>(packed, l, padded<T>(dv), l, {P, L_row, 1}, v, v_row, nullptr, out, v_row);
+      if (past) multiply<Part::all, 2, 2>(packed, l, padded<T>(dv), dq, {q, q_row, 1}, C, c_row, out, out, v_row);
       T *denominator = tokens(p.denominator, c, r), *inverse = tokens(p.inverse, c, r);
       const T *floor = tokens(p.floor, c, r);
       for (int t = 0; t < l; ++t) {
@@ -110,13 +164,13 @@ template <class X, class T> struct Head {
       store(l, dv, out, v_row, inverse, at_<X>(p.h, p.heads, r, start), p.h.token);
       // in place if the states are not kept
       const T factor = decay(c + 1, r);
-      product<Part::all>(dq, padded<T>(dv), l, {k_t, L_row, 1}, v, v_row, C, C_next, c_row, factor);
+      multiply<Part::all, 2, 1>(packed, dq, padded<T>(dv), l, {k_t, L_row, 1}, v, v_row, C, C_next, c_row, factor);
       for (int d = 0; d < dq; ++d) n_next[d] = (n[d] + total(l, k_t + d * L_row)) * factor;
     }
   }
 
   size_t backward_size() const {
-    return size_t(L_row) * (5 * q_row + 5 * v_row + 2 * L_row) + size_t(2) * std::max(v_row * q_row, q_row * v_row) + 2 * L_row;
+    return size_t(L_row) * (5 * q_row + 5 * v_row + 2 * L_row) + size_t(2) * v_row * q_row + 2 * L_row + operands_size();
   }
 
   void backward(int64_t r, Scratch<T> &scratch) const {
@@ -127,6 +181,7 @@ template <class X, class T> struct Head {
     T *P = scratch.take(L_row * L_row), *dP = scratch.take(L_row * L_row);
     T *C_t = scratch.take(v_row * q_row), *dC_t = scratch.take(v_row * q_row);
     T *dden = scratch.take(L_row), *column = scratch.take(L_row);
+    const Operands packed = operands(scratch);
     const int lanes_v = padded<T>(dv), lanes_q = padded<T>(dq);
     T *dC = (T *)p.dC + r * state_size, *dn = (T *)p.dn + r * dq;
     for (int64_t j = 0; j < state_size; ++j) dC[j] *= decay(p.N, r);
@@ -148,7 +203,7 @@ template <class X, class T> struct Head {
         std::fill(k_t, k_t + q_row * L_row, T(0));
         std::fill(v_t, v_t + v_row * L_row, T(0));
       }
-      transpose(l, dq, k, q_row, k_t, L_row);
+      if constexpr (!TILED) transpose(l, dq, k, q_row, k_t, L_row);
       transpose(l, dv, v, v_row, v_t, L_row);
       for (int t = 0; t < l; ++t) {
         dh_h[t] = dot(dv, out + t * v_row, h + t * v_row);
@@ -156,9 +211,8 @@ template <class X, class T> struct Head {
         dden[t] = dh_h[t] * sign;
       }
       // pairs within the chunk
-      product<Part::lower_result>(l, lanes_l, dq, {q, q_row, 1}, k_t, L_row, (const T *)nullptr, P, L_row);
-      product<Part::lower_result>(l, lanes_l, dv, {out, v_row, 1}, v_t, L_row, (const T *)nullptr, dP, L_row);
-      clear_upper(l, P, L_row);
+      scores(packed, c, r, start, l, q, k_t, P);
+      multiply<Part::lower_result, 2, 1>(packed, l, lanes_l, dv, {out, v_row, 1}, v_t, L_row, nullptr, dP, L_row);
       // The mass of a pair is P dP. Across token t go the pairs of s < t with t' >= t: going up the rows, column[s] is what s
       // has with the rows so far.
       std::fill(column, column + L_row, T(0));
@@ -182,7 +236,7 @@ template <class X, class T> struct Head {
       // queries: from the past, then from the chunk
       if (past) {
         transpose(dq, dv, C, c_row, C_t, q_row);
-        product<Part::all>(l, lanes_q, dv, {out, v_row, 1}, C_t, q_row, (const T *)nullptr, part, q_row);
+        multiply<Part::all, 2, 2>(packed, l, lanes_q, dv, {out, v_row, 1}, C_t, q_row, nullptr, part, q_row);
         T sum = 0;  // mass from the past to t and later
         for (int t = l - 1; t >= 0; --t) {
           for (int d = 0; d < dq; ++d) part[t * q_row + d] += dden[t] * n[d];
@@ -190,12 +244,12 @@ template <class X, class T> struct Head {
           crossing[t] += sum;
         }
       }
-      product<Part::lower_a>(l, lanes_q, l, {dP, L_row, 1}, k, q_row, past ? part : (const T *)nullptr, grad, q_row);
+      multiply<Part::lower_a, 2, 2>(packed, l, lanes_q, l, {dP, L_row, 1}, k, q_row, past ? part : nullptr, grad, q_row);
       store(l, dq, grad, q_row, query, at_<X>(p.dq, p.heads, r, start), p.dq.token);
       // keys: from the future, then from the chunk
       if (future) {
         transpose(dq, dv, dC, c_row, dC_t, q_row);
-        product<Part::all>(l, lanes_q, dv, {v, v_row, 1}, dC_t, q_row, (const T *)nullptr, part, q_row);
+        multiply<Part::all, 1, 2>(packed, l, lanes_q, dv, {v, v_row, 1}, dC_t, q_row, nullptr, part, q_row);
         T sum = through;  // and from before t to the future
         for (int t = 0; t < l; ++t) {
           for (int d = 0; d < dq; ++d) part[t * q_row + d] += dn[d];
@@ -206,16 +260,16 @@ template <class X, class T> struct Head {
         }
         if (c + 1 == p.N) ((T *)p.end)[r] = sum;
       }
-      product<Part::upper_a>(l, lanes_q, l, {dP, 1, L_row}, q, q_row, future ? part : (const T *)nullptr, grad, q_row);
+      multiply<Part::upper_a, 2, 2>(packed, l, lanes_q, l, {dP, 1, L_row}, q, q_row, future ? part : nullptr, grad, q_row);
       store(l, dq, grad, q_row, key, at_<X>(p.dk, p.heads, r, start), p.dk.token);
       // values
-      product<Part::upper_a>(l, lanes_v, l, {P, 1, L_row}, out, v_row, (const T *)nullptr, wide, v_row);
-      if (future) product<Part::all>(l, lanes_v, dq, {k, q_row, 1}, dC, c_row, wide, wide, v_row);
+      multiply<Part::upper_a, 2, 2>(packed, l, lanes_v, l, {P, 1, L_row}, out, v_row, nullptr, wide, v_row);
+      if (future) multiply<Part::all, 2, 2>(packed, l, lanes_v, dq, {k, q_row, 1}, dC, c_row, wide, wide, v_row);
       store<X, T>(l, dv, wide, v_row, nullptr, at_<X>(p.dv, p.heads, r, start), p.dv.token);
       // the state before the chunk
       if (past) {
         const T factor = decay(c, r);
-        product<Part::all>(dq, lanes_v, l, {q, 1, q_row}, out, v_row, dC, dC, c_row, factor);
+        multiply<Part::all, 2, 2>(packed, dq, lanes_v, l, {q, 1, q_row}, out, v_row, dC, dC, c_row, factor);
         for (int t = 0; t < l; ++t)
           for (int d = 0; d < dq; ++d) dn[d] += dden[t] * q[t * q_row + d];
         for (int d = 0; d < dq; ++d) dn[d] *= factor;
@@ -237,6 +291,7 @@ template <class X, class T, bool BACKWARD> int run(const Problem &p) {
     char *mine = memory;
 #endif
     std::memset(mine, 0, bytes);
+    [[maybe_unused]] const std::conditional_t<Head<X, T>::TILED, TileConfiguration, char> configuration{};
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < p.R; ++r) {
       Scratch<T> scratch{(T *)mine};

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from xlstm_scaling.kernels.cpp.build import library
+from xlstm_scaling.kernels.cpp.tiles import library_with_tiles
 from xlstm_scaling.kernels.mlstm.chunkwise_cpu import PAD_FORGET, default_chunk_size
 from xlstm_scaling.kernels.mlstm.gates import LOWEST, ChunkGates, chunk_gates, gate_gradients
 from xlstm_scaling.kernels.mlstm.state import EPS, MLSTMState, check_inputs, state_dtype
@@ -39,8 +39,9 @@ def mlstm_chunkwise_cpp(
 
     What ``mlstm_chunkwise`` computes (Beck et al., xLSTM, appendix), with exact first derivatives of h and of the last
     state with respect to all inputs and the initial state. bf16 inputs are widened to fp32 as they are read, products
-    and states are fp32, fp64 for fp64. ``chunk_size``: tokens of a chunk at most; fewer where gates close so fast that
-    the weights within a chunk would leave the range of fp32.
+    and states are fp32, fp64 for fp64; bf16 matrix units, where the CPU has them, make products of bf16 inputs, with
+    sums in fp32 (``cpp/tiles.py``). ``chunk_size``: tokens of a chunk at most; fewer where gates close so fast that the
+    weights within a chunk would leave the range of fp32.
     Raises ValueError on shapes that do not match and on chunks of less than one token, BuildError without a compiler.
     """
     check_inputs(q, k, v, i, f)
@@ -139,14 +140,14 @@ def _problem(gates: ChunkGates, q: Tensor, v: Tensor, **fields: Any) -> _Problem
 
 
 def _run(function: str, problem: _Problem, dtype: torch.dtype) -> None:
-    if getattr(library("mlstm"), function)(ctypes.byref(problem), _TYPES[dtype]):
+    if getattr(library_with_tiles("mlstm"), function)(ctypes.byref(problem), _TYPES[dtype]):
         raise MemoryError("no memory for the scratch space of the mLSTM")
 
 
 @functools.cache
 def _state_row(d_v: int, dtype: torch.dtype) -> int:
     """Distance between the rows of a state, as ``row_stride`` of products.hpp has it."""
-    lanes = library("mlstm").vector_bytes() // dtype.itemsize
+    lanes = library_with_tiles("mlstm").vector_bytes() // dtype.itemsize
     row = -(-d_v // lanes) * lanes
     return row if row * dtype.itemsize % 512 else row + lanes
 
