@@ -1,5 +1,6 @@
 # make reproduce   the study from text to report           make test   the tests
 # make env         just .venv                               make lint   style of code and workflow
+# make test-exhaustive   the tests that make test leaves out
 # make cluster-test   the study on a simulated Slurm cluster, with failures (docs/cluster.md)
 # make browser-test   the pages of a study in a headless Chromium (docs/report.md)
 # make paper PAPER=folder   the paper's fits, figures and claims from its published logs (DOWNLOAD=true fetches them)
@@ -85,6 +86,11 @@ paper: paper-folder $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n $(CORES) --dist loadfile
+
+# rare and long cases, each beside a cheaper one that make test runs
+.PHONY: test-exhaustive
+test-exhaustive: $(READY)
+	@$(BIN)/python -m pytest -n $(CORES) --dist loadfile -m exhaustive
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@
 #   snakemake --cores 2 --config overrides="[training.seed=2]"   any Hydra override
 #   snakemake --cores 2 --config study=laptop_code compare=laptop   beside another study whose results are there
 #   snakemake --cores 2 --config runs=published paper=FOLDER     published runs instead: ingest -> table -> laws -> …
+import sys
+
 from snakemake.utils import min_version, validate
 
 min_version("9.0")
@@ -24,6 +26,10 @@ study.prepare_environment()
 
 
 report: "workflow/report/workflow.rst"
+
+
+onerror:
+    print(study.explain_failure(), file=sys.stderr)
 
 
 # where a stage's script logs to, beside what it makes

@@ -27,8 +27,9 @@ from scipy.optimize import minimize
 
 from xlstm_scaling.fitting import LossSurface
 from xlstm_scaling.fitting.resampling import stratified_counts
-from xlstm_scaling.fitting.surface_fit import FORMS, bootstrap_surface, fit_surface_ladder
-from xlstm_scaling.fitting.surface_solver import to_eta, to_theta
+from xlstm_scaling.fitting.surface_fit import bootstrap_surface, fit_surface_ladder
+from xlstm_scaling.fitting.surface_problem import to_eta, to_theta
+from xlstm_scaling.fitting.surface_result import FORMS
 from xlstm_scaling.fitting.surface_starts import start_grid
 
 ROOT = Path(__file__).resolve().parents[1]

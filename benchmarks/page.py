@@ -34,6 +34,7 @@ def decoding(result: dict) -> list[Table]:
         "model",
         "width x blocks x vocabulary",
         "batch",
+        "our matrices",
         "step [ms]",
         "Hugging Face's step / ours",
         "share of the bandwidth",
@@ -42,7 +43,17 @@ def decoding(result: dict) -> list[Table]:
     for row in result["rows"]:
         ratio = f"{row['ratio_transformers']:.2f}" if "ratio_transformers" in row else "–"
         step = f"{1e3 * row['step_time_s']['decoder']:.3g}"
-        rows.append([NAMES[row["arch"]], row["size"], str(row["batch"]), step, ratio, f"{row['roofline_share']:.0%}"])
+        rows.append(
+            [
+                NAMES[row["arch"]],
+                row["size"],
+                str(row["batch"]),
+                row["dtype"],
+                step,
+                ratio,
+                f"{row['roofline_share']:.0%}",
+            ]
+        )
     flat = [[flat["size"], f"{flat['ratio']:.2f}"] for flat in result["flat"]]
     return [(header, rows), (["xLSTM", "step after 16,384 tokens / after 256"], flat)]
 

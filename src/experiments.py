@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from xlstm_scaling.study.config import ConfigError, is_published, to_dict, write_resolved
-from xlstm_scaling.study.files import write_json_atomic, write_table
+from xlstm_scaling.study.files import write_table
 from xlstm_scaling.study.paths import StudyPaths
-from xlstm_scaling.study.plan import plan_runs
+from xlstm_scaling.study.plan import plan_runs, write_plan
 
 #: experiment -> its figures, its tables (below the experiment's folder), and what it is
 EXPERIMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
@@ -127,19 +125,10 @@ def _latency_profile(config: DictConfig, paths: StudyPaths, progress: bool) -> N
         table = _published_profile(pd.read_parquet(paths.inference / "measurements.parquet"))
         write_table(table, folder / "measurements")
         return
-    from xlstm_scaling.inference.benchmark import measure, untrained_models
-    from xlstm_scaling.study.plan import model_vocab_size, num_heads
+    from xlstm_scaling.inference.benchmark import measure, models_of_study
 
     settings, size = profile_settings(config)
-    models = untrained_models(
-        size,
-        list(config.study.architectures),
-        model_vocab_size(config),
-        model_options=to_dict(config.training.model_options),
-        shape_options=to_dict(config.study.shape_options),
-        head_rule=partial(num_heads, config.study),
-    )
-    measure(models, settings, folder, progress)
+    measure(models_of_study(config, size), settings, folder, progress)
 
 
 def _published_profile(measurements: pd.DataFrame, least_tokens: int = 2048) -> pd.DataFrame:
@@ -161,16 +150,7 @@ def context_plan(config: DictConfig, paths: StudyPaths) -> int:
     from xlstm_scaling.study.context_scaling import context_scaling_runs, extra_runs
 
     extra = extra_runs(context_scaling_runs(config), plan_runs(config))
-    write_json_atomic(
-        paths.experiment("context_scaling") / "plan.json",
-        {
-            "study": config.study.name,
-            "corpus": config.corpus.name,
-            "hardware": to_dict(config.hardware),
-            "warnings": [],
-            "runs": [asdict(run) for run in extra],
-        },
-    )
+    write_plan(paths.experiment("context_scaling") / "plan.json", extra, config)
     return len(extra)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +12,11 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from xlstm_scaling.study.config import ConfigError, is_published, to_dict, write_resolved
-from xlstm_scaling.study.files import read_json, write_json_atomic, write_table
+from xlstm_scaling.study.files import read_json, write_table
 from xlstm_scaling.study.locks import folder_locked
 from xlstm_scaling.study.paths import StudyPaths, certificate_path
-from xlstm_scaling.study.plan import PlanError, RunSpec, TrunkSpec, plan_runs, plan_table, plan_warnings
+from xlstm_scaling.study.plan import PlanError, load_plan, plan_runs, plan_table, plan_warnings, write_plan
+from xlstm_scaling.study.run_spec import RunSpec, TrunkSpec
 
 if TYPE_CHECKING:
     from xlstm_scaling.study.status import StudyStatus
@@ -75,25 +75,8 @@ def plan(config: DictConfig, paths: StudyPaths) -> pd.DataFrame:
         log.warning("%s", warning)
     write_table(table, paths.plan / "plan")
     write_resolved(config, paths.plan / "config.yaml")
-    write_json_atomic(
-        paths.plan / "plan.json",
-        {
-            "study": config.study.name,
-            "corpus": config.corpus.name,
-            "hardware": to_dict(config.hardware),
-            "warnings": warnings,
-            "runs": [asdict(run) for run in runs],
-        },
-    )
+    write_plan(paths.plan / "plan.json", runs, config, warnings)
     return table
-
-
-def load_plan(path: Path) -> tuple[dict, list[RunSpec]]:
-    """``plan.json`` -> its content and its runs. FileNotFoundError says which stage to run."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no plan at {path}: run the stage `plan` first")
-    content = read_json(path)
-    return content, [RunSpec(**run) for run in content["runs"]]
 
 
 def find_run(runs: Sequence[RunSpec], name: str) -> RunSpec:
@@ -249,10 +232,10 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
         return published_inference(config, paths)
 
     from xlstm_scaling.fitting.runtime_model import fit_runtime_models
-    from xlstm_scaling.inference.benchmark import BenchmarkModel, measure, measured_device, untrained_models
+    from xlstm_scaling.inference.benchmark import BenchmarkModel, measure, measured_device, models_of_study
     from xlstm_scaling.inference.counts import add_counts
     from xlstm_scaling.inference.roofline import write_rooflines
-    from xlstm_scaling.study.plan import benchmarked_runs, model_vocab_size, num_heads
+    from xlstm_scaling.study.plan import benchmarked_runs
     from xlstm_scaling.training.trainer import load_trained
 
     settings = to_dict(config.inference)
@@ -263,14 +246,7 @@ def inference(config: DictConfig, paths: StudyPaths, progress: bool = True) -> p
             raise FileNotFoundError(f"no trained model in {folder}: run the stage `train` first")
         name = f"{run.arch}-{run.size}-trained"
         trained.append(BenchmarkModel(name, run.arch, run.model_shape, True, partial(load_trained, folder)))
-    untrained = untrained_models(
-        settings["untrained"],
-        list(config.study.architectures),
-        model_vocab_size(config),
-        model_options=to_dict(config.training.model_options),
-        shape_options=to_dict(config.study.shape_options),
-        head_rule=partial(num_heads, config.study),
-    )
+    untrained = models_of_study(config, settings["untrained"])
     measurements = measure([*trained, *untrained], settings, paths.inference, progress)
     counted = add_counts(measurements, settings["generate_steps"])
     device = measured_device(settings)

@@ -170,7 +170,7 @@ def serve(path: Path, pid: int) -> None:
     """Import the training code, listen on ``path`` and fork a child a request, until process ``pid`` is gone."""
     import torch
 
-    import xlstm_scaling.cli
+    import xlstm_scaling.stage_commands
     import xlstm_scaling.training.run  # noqa: F401
 
     if torch.get_num_threads() > 1:

@@ -16,28 +16,27 @@ torch.set_num_threads(1)  # what the variable is read for was imported above
 
 #: files that take more than ten seconds -> CPU seconds with their child processes, for their order alone
 LONG = {
-    "workflow/test_workflow.py": 160,
-    "workflow/test_published.py": 75,
-    "fitting/test_fit_loss_surface.py": 58,
-    "kernels/test_certification.py": 50,
-    "figures/test_figures_draw.py": 37,
-    "kernels/test_mlstm_triton.py": 90,
-    "fitting/test_fit_study.py": 33,
-    "training/test_parallel.py": 45,
-    "workflow/test_certificate.py": 40,
-    "fitting/test_runtime_paper.py": 35,
-    "kernels/test_compilation.py": 32,
-    "kernels/test_training_curves.py": 20,
-    "fitting/test_runtime_model.py": 28,
-    "training/test_faults.py": 25,
-    "kernels/test_mlstm_cpu.py": 20,
+    "workflow/test_workflow.py": 120,
+    "workflow/test_published.py": 65,
+    "training/test_parallel.py": 55,
+    "kernels/test_compilation.py": 45,
+    "kernels/test_mlstm_triton.py": 32,
+    "figures/test_figures_draw.py": 28,
+    "fitting/test_fit_loss_surface.py": 28,
+    "fitting/test_runtime_model.py": 25,
+    "kernels/test_training_curves.py": 24,
+    "training/test_faults.py": 22,
+    "kernels/test_certification.py": 20,
     "training/test_trainer.py": 20,
-    "kernels/test_mlstm_step_triton.py": 16,
-    "inference/test_decoder.py": 16,
-    "kernels/test_cross_entropy_triton.py": 12,
+    "workflow/test_certificate.py": 20,
+    "fitting/test_fit_study.py": 15,
+    "inference/test_decoder.py": 15,
+    "kernels/test_mlstm_cpu.py": 13,
     "study/test_stages.py": 12,
     "inference/test_generation.py": 11,
     "accounting/test_memory.py": 11,
+    "published/test_paper.py": 11,
+    "published/test_claims_paper.py": 11,
     "published/test_ingest.py": 10,
 }
 
@@ -62,6 +61,28 @@ def paper() -> Path:
         if not (folder / name).is_file():
             pytest.skip(f"the paper's {name} is not in {folder} (XLSTM_SCALING_PAPER)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder that all processes of this call of pytest share: what is made there is made under a lock."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def quick_certificate(shared_folder) -> Path:
+    """The certificate of this CPU's kernels as studies make it; half a minute, so once for all processes."""
+    from filelock import FileLock
+
+    from xlstm_scaling.cli import run_command
+
+    path = shared_folder / "quick-certificate.json"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            words = ["certify", "--device", "cpu", "--quick", "--report-only", "--quiet", "--out", str(path)]
+            assert run_command(words) == 0
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +131,7 @@ defaults:
   - _self_
 corpus: {validation_fraction: 0.1}
 tokenizer: {vocab_size: 280}
-inference: {num_threads: 1, max_cell_s: 0.5, runtime_model: {num_resamples: 10}}
+inference: {num_threads: 1, repeats: 1, max_cell_s: 0.5, runtime_model: {num_resamples: 10}}
 fitting: {num_resamples: 50}
 figures: {dpi: 60}
 training:

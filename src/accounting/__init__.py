@@ -17,8 +17,9 @@ from xlstm_scaling.accounting.counts import (
     training_flops,
     weight_bytes,
 )
+from xlstm_scaling.accounting.dtypes import DTYPE_BYTES, dtype_bytes
 from xlstm_scaling.accounting.shapes import ModelShape, shape_of_row
-from xlstm_scaling.accounting.work import DTYPE_BYTES, Work, dtype_bytes, prefill_work, step_work
+from xlstm_scaling.accounting.work import Work, prefill_work, step_work
 
 __all__ = [
     "ARCHITECTURES",

@@ -32,6 +32,7 @@ class Flops:
 
     @property
     def forward(self) -> float:
+        """All parts together."""
         return self.linear + self.sequence_mixing + self.other
 
     @property
@@ -44,7 +45,8 @@ class BlockCounts(ABC):
     """One kind of block: parameters, training FLOPs and memory, inference FLOPs, bytes and memory.
 
     All counts are exact integers where the formula is one (a chunk size that does not divide the context gives a
-    fraction). T is the number of tokens of one sequence.
+    fraction). T is the number of tokens of one sequence. ``act``, ``state``: bytes of an activation, which keys and
+    values are too, and of a number of the mLSTM's state.
     """
 
     #: whether a step reads all tokens before it, so that chunks of a prompt need a mask

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from xlstm_scaling.accounting.architecture import CONVENTIONS, Architecture, BlockCounts, Flops, Part
+from xlstm_scaling.accounting.dtypes import BF16_BYTES, FP32_BYTES
 from xlstm_scaling.accounting.hybrid import Hybrid
 from xlstm_scaling.accounting.shapes import ModelShape
 from xlstm_scaling.accounting.transformer import Transformer
@@ -14,9 +15,6 @@ from xlstm_scaling.accounting.xlstm import XLSTM
 
 #: every architecture that can be counted, by the name that configs and tables use
 ARCHITECTURES: dict[str, Architecture] = {entry.name: entry for entry in (XLSTM(), Transformer(), Hybrid())}
-
-BF16_BYTES = 2
-FP32_BYTES = 4
 
 
 def architecture(name: str) -> Architecture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from xlstm_scaling.accounting.layout import FP32
+from xlstm_scaling.accounting.dtypes import FP32_BYTES
 from xlstm_scaling.accounting.shapes import ModelShape
 
 
@@ -32,4 +32,4 @@ def feed_forward_kept(shape: ModelShape, tokens: int, act: int) -> dict[str, flo
 def weights_in_compute_dtype(parameters: dict[str, tuple[int, ...]], act: int) -> int:
     """Bytes of the rounded copies of a block's matrices; its gates are computed in fp32."""
     matrices = sum(math.prod(dims) for name, dims in parameters.items() if len(dims) == 2 and "gates" not in name)
-    return act * matrices if act < FP32 else 0
+    return act * matrices if act < FP32_BYTES else 0

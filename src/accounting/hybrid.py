@@ -35,6 +35,8 @@ def attention_head_dim(head_dim_v: int) -> int:
 
 
 class Hybrid(Architecture):
+    """mLSTM blocks with one attention block in ``attention_every``."""
+
     name, label = "hybrid", "Hybrid"
 
     def shape(

@@ -11,12 +11,12 @@ import math
 from collections.abc import Mapping
 
 from xlstm_scaling.accounting.counts import parts
-from xlstm_scaling.accounting.layout import FP32
+from xlstm_scaling.accounting.dtypes import FP32_BYTES
 from xlstm_scaling.accounting.memory import model_parameters
 from xlstm_scaling.accounting.serving import state_bytes
 from xlstm_scaling.accounting.shapes import ModelShape
 
-TOKEN_ID = 8
+TOKEN_ID_BYTES = 8
 
 
 def inference_parameter_bytes(shape: ModelShape, weight: int = 2) -> int:
@@ -27,7 +27,7 @@ def inference_parameter_bytes(shape: ModelShape, weight: int = 2) -> int:
         matrix = len(dims) == 2 and "gates" not in name and "embedding" not in name
         size = math.prod(dims)
         cast, kept = cast + size * matrix, kept + size * (not matrix)
-    return weight * cast + FP32 * kept
+    return weight * cast + FP32_BYTES * kept
 
 
 def _block_memory(shape: ModelShape, tokens: int, act: int) -> int:
@@ -65,8 +65,8 @@ def inference_memory(
     chunk = min(prefill_length, prefill_chunk or prefill_length)
     tokens, d = batch_size * chunk, shape.embedding_dim
     # the residual stream, its norm, what a block adds to it; the embedding before it is rounded
-    stream = tokens * d * (3 * act + (FP32 if act < FP32 else 0))
-    logits = batch_size * shape.vocab_size * (act + FP32)
+    stream = tokens * d * (3 * act + (FP32_BYTES if act < FP32_BYTES else 0))
+    logits = batch_size * shape.vocab_size * (act + FP32_BYTES)
     masked = any(part.kind.attends for part in parts(shape)) and chunk < prefill_length
     return {
         "parameters": inference_parameter_bytes(shape, weight),
@@ -74,5 +74,5 @@ def inference_memory(
         "activations": stream + _block_memory(shape, tokens, act) + logits,
         # as bool and as a number; the heap keeps those of earlier chunks, which are smaller
         "attention mask": (1 + 2 * act) * chunk * prefill_length if masked else 0,
-        "prompt": TOKEN_ID * batch_size * prefill_length,
+        "prompt": TOKEN_ID_BYTES * batch_size * prefill_length,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FP32 = 4
 #: fp32 numbers that the gates keep for each token of each head: soft-capped i and f, their sums, m and normalisers
 GATE_NUMBERS = 8
 

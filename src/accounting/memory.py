@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from xlstm_scaling.accounting.counts import architecture, parts
-from xlstm_scaling.accounting.layout import FP32, Layout
+from xlstm_scaling.accounting.dtypes import FP32_BYTES
+from xlstm_scaling.accounting.layout import Layout
 from xlstm_scaling.accounting.shapes import ModelShape
 
 #: share of a device's memory that a plan may fill
@@ -33,6 +34,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes of all items."""
         return sum(self.items.values())
 
 
@@ -86,7 +88,7 @@ def loss_memory(shape: ModelShape, context_length: int, layout: Layout) -> float
     M = layout.micro_batch_sequences * context_length
     table = shape.vocab_size * shape.embedding_dim
     a = layout.activation_bytes
-    return a * M * shape.embedding_dim * 2 + FP32 * table
+    return a * M * shape.embedding_dim * 2 + FP32_BYTES * table
 
 
 def _largest(sizes: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -118,11 +120,11 @@ def training_memory(shape: ModelShape, context_length: int, layout: Layout) -> M
     several = layout.devices > 1
     waiting = root + 2 * block if layout.micro_batches == 1 else root + all_blocks + block
     items = {
-        "parameters": FP32 * own,
-        "gradients": FP32 * own,
-        "AdamW moments": 2 * FP32 * own,
-        "gathered parameters": FP32 * (root + 2 * block) if several else 0,
-        "gradients to reduce": FP32 * waiting if several else 0,
+        "parameters": FP32_BYTES * own,
+        "gradients": FP32_BYTES * own,
+        "AdamW moments": 2 * FP32_BYTES * own,
+        "gathered parameters": FP32_BYTES * (root + 2 * block) if several else 0,
+        "gradients to reduce": FP32_BYTES * waiting if several else 0,
     }
     if layout.activation_checkpointing:
         largest = _largest(part.kind.kept_activations(part.shape, context_length, layout) for part in kinds)
@@ -132,9 +134,9 @@ def training_memory(shape: ModelShape, context_length: int, layout: Layout) -> M
         items |= kept_activations(shape, context_length, layout)
     a, M = layout.activation_bytes, layout.micro_batch_sequences * context_length
     table = shape.vocab_size * shape.embedding_dim
-    logits = min(LOGITS_BYTES, (FP32 + a) * M * shape.vocab_size) + (a * table if a < FP32 else 0)
+    logits = min(LOGITS_BYTES, (FP32_BYTES + a) * M * shape.vocab_size) + (a * table if a < FP32_BYTES else 0)
     # on a GPU the gradients of the hidden states are fp32
-    items["loss"] = loss_memory(shape, context_length, layout) + (FP32 - a) * M * shape.embedding_dim
+    items["loss"] = loss_memory(shape, context_length, layout) + (FP32_BYTES - a) * M * shape.embedding_dim
     backward = max(part.kind.backward_bytes(part.shape, context_length, layout) for part in kinds)
     items["backward pass of a block, or logits"] = max(backward, logits)
     return Memory(layout, items)
@@ -160,6 +162,7 @@ class MemoryPlan:
 
     @property
     def chosen(self) -> Memory:
+        """The one of the two to take."""
         return self.without or self.checkpointed
 
 

@@ -7,9 +7,11 @@ import json
 from dataclasses import asdict
 
 from xlstm_scaling.accounting.counts import ARCHITECTURES, count_params, make_shape
+from xlstm_scaling.accounting.dtypes import dtype_bytes
 from xlstm_scaling.accounting.memory import HEADROOM, Memory, plan_memory
 
-BYTES = {"bfloat16": 2, "float32": 4}
+#: dtypes that models train in
+DTYPES = ("bfloat16", "float32")
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", default="full", help=text)
     parser.add_argument("--device-memory", type=float, default=80e9, help="of one device [bytes] (default: 80e9)")
     text = "of activations (default: bfloat16)"
-    parser.add_argument("--compute-dtype", default="bfloat16", choices=sorted(BYTES), help=text)
+    parser.add_argument("--compute-dtype", default="bfloat16", choices=DTYPES, help=text)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -78,7 +80,7 @@ def run_memory(args: argparse.Namespace) -> int:
         args.devices,
         args.device_memory,
         degree,
-        BYTES[args.compute_dtype],
+        dtype_bytes(args.compute_dtype),
     )
     settings = {"activations kept": plan.without, "activation checkpointing": plan.checkpointed}
     if args.json:

@@ -6,15 +6,8 @@ steps at positions P, P + 1 ... the rest. FLOPs are those of `counts.prefill_flo
 
 from __future__ import annotations
 
-from xlstm_scaling.accounting.counts import (
-    BF16_BYTES,
-    FP32_BYTES,
-    count_params,
-    parts,
-    prefill_flops,
-    step_flops,
-    sum_blocks,
-)
+from xlstm_scaling.accounting.counts import count_params, parts, prefill_flops, step_flops, sum_blocks
+from xlstm_scaling.accounting.dtypes import BF16_BYTES, FP32_BYTES
 from xlstm_scaling.accounting.feed_forward import qkv_width
 from xlstm_scaling.accounting.shapes import ModelShape
 

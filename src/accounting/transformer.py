@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 from xlstm_scaling.accounting.architecture import UniformArchitecture
+from xlstm_scaling.accounting.dtypes import FP32_BYTES
 from xlstm_scaling.accounting.feed_forward import (
     feed_forward_kept,
     feed_forward_parameters,
     qkv_width,
     weights_in_compute_dtype,
 )
-from xlstm_scaling.accounting.layout import FP32, Layout
+from xlstm_scaling.accounting.layout import Layout
 from xlstm_scaling.accounting.shapes import ModelShape, ceil_to_multiple, require_divisible
 
 SOFTMAX_FACTOR = 2.5  # 5 FLOPs an entry of the score matrix, half of which is causal
@@ -20,6 +21,8 @@ CAUSAL_PREFILL_FACTOR = 0.65
 
 
 class Transformer(UniformArchitecture):
+    """Blocks of causal attention with rotary positions, and a gated feed-forward."""
+
     name, label = "transformer", "Transformer"
     attends = True
 
@@ -40,8 +43,7 @@ class Transformer(UniformArchitecture):
 
     def block_linear_params(self, shape: ModelShape) -> int:
         d, heads = shape.embedding_dim, shape.num_heads
-        qkv = d * heads * (2 * shape.head_dim_qk + shape.head_dim_v)
-        return qkv + heads * shape.head_dim_v * d + 3 * d * shape.ffn_dim
+        return d * qkv_width(shape) + heads * shape.head_dim_v * d + 3 * d * shape.ffn_dim
 
     def block_other_params(self, shape: ModelShape) -> int:
         return 2 * shape.embedding_dim  # the two norms
@@ -58,13 +60,13 @@ class Transformer(UniformArchitecture):
     def kept_activations(self, shape: ModelShape, context_length: int, layout: Layout) -> dict[str, float]:
         a, B, T, H = layout.activation_bytes, layout.micro_batch_sequences, context_length, shape.num_heads
         M = B * T
-        rotary = (4 if a < FP32 else 2) * a * T * shape.head_dim_v  # cos and sin; rounded for q and for k
+        rotary = (4 if a < FP32_BYTES else 2) * a * T * shape.head_dim_v  # cos and sin; rounded for q and for k
         # q, k and v as projected, which v keeps; q and k rotated; the output
         attention = qkv_width(shape) + 2 * H * shape.head_dim_qk + H * shape.head_dim_v
         return feed_forward_kept(shape, M, a) | {
             "weights in bf16": weights_in_compute_dtype(self.block_parameters(shape), a),
             "attention": a * M * attention + rotary,
-            "log-sum-exp": FP32 * M * H,
+            "log-sum-exp": FP32_BYTES * M * H,
             "attention mask": a * B * T**2 if layout.documents else 0,
         }
 
@@ -84,7 +86,7 @@ class Transformer(UniformArchitecture):
 
     def block_backbone_flops_per_token(self, shape: ModelShape) -> float:
         d, heads = shape.embedding_dim, shape.num_heads
-        attention = 2 * d * heads * (2 * shape.head_dim_qk + shape.head_dim_v) + 2 * d * heads * shape.head_dim_v
+        attention = 2 * d * qkv_width(shape) + 2 * d * heads * shape.head_dim_v
         return 4 * d + attention + 4 * d + 6 * d * shape.ffn_dim + 2 * shape.ffn_dim
 
     def _pair_flops(self, shape: ModelShape) -> float:
@@ -107,8 +109,7 @@ class Transformer(UniformArchitecture):
 
     def block_activation_bytes_per_token(self, shape: ModelShape, act: int) -> float:
         d, v = shape.embedding_dim, shape.num_heads * shape.head_dim_v
-        qkv = shape.num_heads * (2 * shape.head_dim_qk + shape.head_dim_v)
-        linear = (d + qkv) + (v + d) + (d + 2 * shape.ffn_dim) + (shape.ffn_dim + d)
+        linear = (d + qkv_width(shape)) + (v + d) + (d + 2 * shape.ffn_dim) + (shape.ffn_dim + d)
         return act * (linear + 2 * d)  # + each norm reads its input once
 
     def block_prefill_scores(self, shape: ModelShape, prefill_length: int) -> float:
@@ -126,4 +127,4 @@ class Transformer(UniformArchitecture):
     def block_inference_bytes_per_token(self, shape: ModelShape, act: int) -> int:
         # q, k, v; q and k rotated, two halves in between; the output, as heads and in one row
         heads = shape.num_heads * (4 * shape.head_dim_qk + 2 * shape.head_dim_v)
-        return act * (qkv_width(shape) + heads) + 2 * FP32 * shape.head_dim_qk
+        return act * (qkv_width(shape) + heads) + 2 * FP32_BYTES * shape.head_dim_qk

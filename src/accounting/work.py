@@ -11,18 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from xlstm_scaling.accounting.architecture import BlockCounts
-from xlstm_scaling.accounting.counts import BF16_BYTES, FP32_BYTES, parts, sum_blocks, weight_bytes
+from xlstm_scaling.accounting.counts import parts, sum_blocks, weight_bytes
+from xlstm_scaling.accounting.dtypes import BF16_BYTES, FP32_BYTES
 from xlstm_scaling.accounting.shapes import ModelShape
 
 LOGITS = ("last", "all")
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of a number of a dtype; ValueError names the known ones."""
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"no size known for dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
-    return DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -47,10 +40,12 @@ class Work:
 
     @property
     def flops(self) -> float:
+        """FLOPs of all kernels."""
         return self.linear_flops + self.mixing_flops
 
     @property
     def bytes(self) -> float:
+        """Bytes moved by all kernels."""
         return self.weight_bytes + self.activation_bytes + self.state_bytes
 
 

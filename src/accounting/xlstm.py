@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 from xlstm_scaling.accounting.architecture import UniformArchitecture
+from xlstm_scaling.accounting.dtypes import FP32_BYTES
 from xlstm_scaling.accounting.feed_forward import (
     feed_forward_kept,
     feed_forward_parameters,
     qkv_width,
     weights_in_compute_dtype,
 )
-from xlstm_scaling.accounting.layout import FP32, GATE_NUMBERS, Layout
+from xlstm_scaling.accounting.layout import GATE_NUMBERS, Layout
 from xlstm_scaling.accounting.shapes import ModelShape, ceil_to_multiple, require_divisible
 
-QK_DIM_FACTOR = 0.5
 #: share of the intra-chunk work that a two-level tiled kernel does where the chunk is longer than one tile
 TFLA_CAUSAL_FACTOR = 0.75
 TFLA_TILE = 64
@@ -57,6 +57,8 @@ def cell_flops_tfla(chunk: int, d_qk: int, d_v: int) -> float:
 
 
 class XLSTM(UniformArchitecture):
+    """Blocks of an mLSTM with q and k of half the width of v, and a gated feed-forward."""
+
     name, label = "xlstm", "xLSTM"
     attends = False
 
@@ -78,7 +80,7 @@ class XLSTM(UniformArchitecture):
 
     def block_linear_params(self, shape: ModelShape) -> int:
         d, heads = shape.embedding_dim, shape.num_heads
-        qkv = d * heads * (2 * shape.head_dim_qk + shape.head_dim_v)
+        qkv = d * qkv_width(shape)
         gates = 2 * d * heads  # input and forget gate, one scalar a head
         output_gate_and_projection = 2 * d * heads * shape.head_dim_v
         return qkv + gates + output_gate_and_projection + 3 * d * shape.ffn_dim
@@ -104,12 +106,12 @@ class XLSTM(UniformArchitecture):
         a, B, H = layout.activation_bytes, layout.micro_batch_sequences, shape.num_heads
         M, v = B * context_length, H * shape.head_dim_v
         L = layout.chunk_tokens or gpu_chunk_tokens(shape)
-        state = (layout.state_bytes or a) * shape.head_dim_qk * shape.head_dim_v + FP32 * shape.head_dim_qk
-        gates_input = FP32 * M * shape.embedding_dim if a < FP32 else 0
+        state = (layout.state_bytes or a) * shape.head_dim_qk * shape.head_dim_v + FP32_BYTES * shape.head_dim_qk
+        gates_input = FP32_BYTES * M * shape.embedding_dim if a < FP32_BYTES else 0
         return feed_forward_kept(shape, M, a) | {
             "weights in bf16": weights_in_compute_dtype(self.block_parameters(shape), a),
             "mLSTM": a * M * (qkv_width(shape) + 3 * v),  # q, k, v; h, output gate, gated output
-            "gates": gates_input + FP32 * M * H * GATE_NUMBERS,
+            "gates": gates_input + FP32_BYTES * M * H * GATE_NUMBERS,
             "mLSTM states": B * H * (-(-context_length // L) + 1) * state,
         }
 
@@ -118,7 +120,7 @@ class XLSTM(UniformArchitecture):
         mixing = a * M * (qkv_width(shape) + 2 * shape.num_heads * shape.head_dim_v + 2 * d)
         # gradients of the states, and of the gates' input
         mixing += self.kept_activations(shape, context_length, layout)["mLSTM states"]
-        mixing += FP32 * M * d if a < FP32 else 0
+        mixing += FP32_BYTES * M * d if a < FP32_BYTES else 0
         return max(a * M * (3 * shape.ffn_dim + 2 * d), mixing)
 
     def block_mixing_flops(self, shape: ModelShape, context_length: int, convention: str) -> float:
@@ -134,7 +136,7 @@ class XLSTM(UniformArchitecture):
         d, heads, d_v = shape.embedding_dim, shape.num_heads, shape.head_dim_v
         return (
             4 * d  # norm and skip
-            + 2 * d * heads * (2 * shape.head_dim_qk + d_v)
+            + 2 * d * qkv_width(shape)
             + 2 * d * heads
             + 2 * heads
             + 2 * d * heads * d_v
@@ -171,7 +173,7 @@ class XLSTM(UniformArchitecture):
 
     def block_activation_bytes_per_token(self, shape: ModelShape, act: int) -> float:
         d, heads, v = shape.embedding_dim, shape.num_heads, shape.num_heads * shape.head_dim_v
-        qkv_and_gates = heads * (2 * shape.head_dim_qk + shape.head_dim_v) + v + 2 * heads
+        qkv_and_gates = qkv_width(shape) + v + 2 * heads
         linear = (d + qkv_and_gates) + (v + d) + (d + 2 * shape.ffn_dim) + (shape.ffn_dim + d)
         return act * (linear + 2 * d + v)  # + pre-norm, norm of the feed-forward, multi-head norm
 
@@ -185,11 +187,12 @@ class XLSTM(UniformArchitecture):
         return shape.num_heads + 0.0 * prefill_length  # a head's chunks come one after another
 
     def block_state_bytes(self, shape: ModelShape, tokens: int, act: int) -> float:
-        return FP32 * shape.num_heads * self._state_scalars(shape) + 0 * tokens
+        return FP32_BYTES * shape.num_heads * self._state_scalars(shape) + 0 * tokens
 
     def block_inference_bytes_per_token(self, shape: ModelShape, act: int) -> int:
         v = shape.num_heads * shape.head_dim_v
-        gates = FP32 * shape.num_heads * GATE_NUMBERS + (FP32 * shape.embedding_dim if act < FP32 else 0)
+        gates = FP32_BYTES * shape.num_heads * GATE_NUMBERS
+        gates += FP32_BYTES * shape.embedding_dim if act < FP32_BYTES else 0  # their input
         return act * (qkv_width(shape) + 3 * v) + gates  # q, k, v; h, its norm, the output gate
 
 

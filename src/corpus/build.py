@@ -1,14 +1,11 @@
 """The tokens stage: text -> documents split into train and validation -> tokenizer -> token shards."""
 
 import contextlib
-import hashlib
-import importlib.metadata
-import json
 import logging
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +14,23 @@ import numpy as np
 from tqdm import tqdm
 
 from .errors import CorpusError
+from .identity import tokens_spec
+from .part_processes import make_parts
 from .parts import FOLDER as PARTS
-from .parts import (
-    Part,
-    PartMaker,
-    Piece,
-    check_sources,
-    content_hashes,
+from .parts import Part, PartMaker, content_hashes, remove_parts
+from .pieces import Piece, check_sources, list_pieces, text_key
+from .settings import CorpusSettings, TokenizerSettings
+from .shard_writer import TokensWriter, check_space
+from .shards import token_dtype
+from .sources import iter_documents
+from .tokenizer import (
+    TextTokenizer,
     find_tokenizer,
-    list_pieces,
-    make_parts,
-    remove_parts,
+    load_tokenizer,
     save_tokenizer,
     settings_of_training,
-    text_key,
+    train_tokenizer,
 )
-from .settings import CorpusSettings, TokenizerSettings
-from .shards import FORMAT_VERSION, TokensWriter, check_space, token_dtype
-from .sources import iter_documents, package_folder
-from .tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -140,15 +135,7 @@ def build_tokens(
         check_space(folder, writer.estimated_bytes)
         with _bar(None, "merging", "token", progress, total=int(lengths[index.kept].sum()), unit_scale=True) as bar:
             for split, chosen in (("validation", validation), ("train", index.kept & ~validation)):
-                first = 0
-                for part in parts:
-                    here = slice(first, first + part.num_documents)
-                    first += part.num_documents
-                    num_bytes = int(index.num_bytes[here][chosen[here]].sum())
-                    for tokens, counts in part.select(chosen[here]):
-                        writer.append_documents(split, tokens, counts, num_bytes)
-                        num_bytes = 0  # of the whole part, counted with its first run
-                        bar.update(tokens.size)
+                _merge(writer, split, parts, chosen, index.num_bytes, bar.update)
         meta = {
             "eod_token": tokenizer.eod_token,
             "eod_id": tokenizer.eod_id,
@@ -170,6 +157,29 @@ def build_tokens(
         meta = writer.commit(tokenizer.content, meta)
     remove_parts(folder / PARTS)
     return meta
+
+
+def _merge(
+    writer: TokensWriter,
+    split: str,
+    parts: Sequence[Part],
+    chosen: np.ndarray,
+    num_bytes: np.ndarray,
+    done: Callable[[int], object],
+) -> None:
+    """Append the chosen documents of all parts, in order, to a split; ``done`` is told of each run of tokens.
+
+    chosen: bool (n,), num_bytes: uint64 (n,) of UTF-8, over the documents of all parts.
+    """
+    first = 0
+    for part in parts:
+        here = slice(first, first + part.num_documents)
+        first += part.num_documents
+        part_bytes = int(num_bytes[here][chosen[here]].sum())
+        for tokens, counts in part.select(chosen[here]):
+            writer.append_documents(split, tokens, counts, part_bytes)
+            part_bytes = 0  # of the whole part, counted with its first run
+            done(tokens.size)
 
 
 def build_part(
@@ -195,67 +205,6 @@ def available_workers() -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return min(cpus, int(allotted)) if allotted.isdecimal() and int(allotted) else cpus
-
-
-def tokens_spec(
-    corpus_cfg: Mapping[str, Any] | CorpusSettings, tokenizer_cfg: Mapping[str, Any] | TokenizerSettings
-) -> dict[str, Any]:
-    """The settings that determine the tokens, without reading any text; for a short id of a tokens folder.
-
-    A package counts with its installed version, a user's path as it is written. Names, `install`, `shard_tokens` and
-    `expected_tokens` do not count. What the text really was is in the digest of meta.json.
-    Raises CorpusError if a package is not installed.
-    """
-    corpus, tokenizer = CorpusSettings.of(corpus_cfg), TokenizerSettings.of(tokenizer_cfg)
-    text = {
-        key: getattr(corpus, key)
-        for key in (
-            *("path", "glob", "text_field", "text_suffix", "document_separator"),
-            *("validation_fraction", "max_validation_tokens", "split_seed"),
-        )
-    }
-    vocabulary: dict[str, Any] = {
-        "eod_token": tokenizer.eod_token,
-        "pad_vocab_to_multiple_of": tokenizer.pad_vocab_to_multiple_of,
-    }
-    if corpus.package is not None:
-        text["package"] = _package_version(corpus.package, corpus.install, f"the corpus '{corpus.name}'")
-    if tokenizer.trained:
-        vocabulary |= {key: getattr(tokenizer, key) for key in ("vocab_size", "min_frequency", "max_train_bytes")}
-    else:
-        vocabulary["file"] = tokenizer.file
-    if tokenizer.package is not None:
-        wanted_by = f"the tokenizer '{tokenizer.name}'"
-        vocabulary["package"] = _package_version(tokenizer.package, tokenizer.install, wanted_by)
-    given = {"corpus": text, "tokenizer": vocabulary}
-    return {
-        "format_version": FORMAT_VERSION,
-        **{
-            group: {key: value for key, value in sorted(values.items()) if value is not None}
-            for group, values in given.items()
-        },
-    }
-
-
-def tokens_id(
-    corpus_cfg: Mapping[str, Any] | CorpusSettings, tokenizer_cfg: Mapping[str, Any] | TokenizerSettings
-) -> str:
-    """A readable name and ten hexadecimal digits of `tokens_spec`: `sotu-bpe-1f0c9a7e21`, good as a folder name."""
-    corpus, tokenizer = CorpusSettings.of(corpus_cfg), TokenizerSettings.of(tokenizer_cfg)
-    spec = json.dumps(tokens_spec(corpus, tokenizer), sort_keys=True)
-    return f"{corpus.name}-{tokenizer.name}-{hashlib.sha256(spec.encode()).hexdigest()[:10]}"
-
-
-def _package_version(package: str, install: str | None, wanted_by: str) -> str:
-    """``package==version`` as installed; where it is not, as ``install`` pins it, so that a plan can be made."""
-    try:
-        return f"{package}=={importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        pinned = re.search(rf"(?<![\w-]){re.escape(package)}==[\w.+!-]+", install or "")
-        if pinned is not None:
-            return pinned[0]
-        package_folder(package, install, wanted_by)  # raises where the package is missing
-        return package
 
 
 def _train(corpus: CorpusSettings, settings: TokenizerSettings, index: DocumentIndex, progress: bool) -> TextTokenizer:

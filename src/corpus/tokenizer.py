@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .errors import CorpusError
-from .settings import TokenizerSettings
+from .settings import CorpusSettings, TokenizerSettings
 from .sources import package_folder
 from .words import SAFE_CUT, WordEncoder, is_cuttable, is_word_wise
 
@@ -166,3 +169,35 @@ def parse_tokenizer(content: bytes, settings: TokenizerSettings, where: str) -> 
     except Exception as error:  # the library raises bare Exception
         raise CorpusError(f"{where} is not a Hugging Face tokenizer.json ({error}).") from error
     return TextTokenizer(tokenizer, content, settings)
+
+
+def save_tokenizer(path: Path, key: str, tokenizer: TextTokenizer) -> None:
+    """Keep a trained tokenizer beside the parts, for other jobs and for a rerun."""
+    record = {"key": key, "sha256": tokenizer.digest, "content": tokenizer.content.decode()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record))
+    temporary.replace(path)
+
+
+def find_tokenizer(path: Path, key: str, settings: TokenizerSettings) -> TextTokenizer | None:
+    """The tokenizer trained on this text (`key`), or None."""
+    try:
+        record = json.loads(path.read_bytes())
+        content = record["content"].encode()
+        if record["key"] != key or record["sha256"] != hashlib.sha256(content).hexdigest():
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return parse_tokenizer(content, settings, str(path))
+
+
+def settings_of_training(corpus: CorpusSettings, tokenizer: TokenizerSettings) -> dict[str, Any]:
+    """What a trained tokenizer depends on, besides the text."""
+    of_tokenizer = {
+        key: asdict(tokenizer)[key] for key in ("vocab_size", "eod_token", "min_frequency", "max_train_bytes")
+    }
+    of_corpus = {
+        key: asdict(corpus)[key] for key in ("text_field", "document_separator", "validation_fraction", "split_seed")
+    }
+    return of_tokenizer | of_corpus

@@ -1,4 +1,4 @@
-"""A process that makes parts: python -m xlstm_scaling.corpus.worker, started by `parts.make_parts`.
+"""A process that makes parts: python -m xlstm_scaling.corpus.worker, started by `part_processes.make_parts`.
 
 Reads pickles from its standard input, first the arguments of a PartMaker, then pieces; answers each piece on its
 standard output with the part or the exception. Ends with its input, so with its parent.

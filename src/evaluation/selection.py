@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from xlstm_scaling.study.config import ConfigError
-from xlstm_scaling.study.plan import RunSpec
+from xlstm_scaling.study.run_spec import RunSpec
 
 CHOICES = ("best", "largest")
 

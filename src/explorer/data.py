@@ -21,8 +21,9 @@ from xlstm_scaling.planning.choose import SMOOTHING
 from xlstm_scaling.planning.errors import PlanningError
 from xlstm_scaling.planning.laws import ArchLaw, Laws, SurfaceLaw, load_laws
 from xlstm_scaling.planning.maps import swept_budget
+from xlstm_scaling.planning.notes import forecast_note
 from xlstm_scaling.planning.question import Question
-from xlstm_scaling.planning.recommend import candidates_of, countable, finite, with_memory_limit
+from xlstm_scaling.planning.recommend import candidates_of, countable, with_memory_limit
 from xlstm_scaling.planning.runtime import (
     ROOFLINE_BANDWIDTH,
     ROOFLINE_COMPUTE,
@@ -32,6 +33,7 @@ from xlstm_scaling.planning.runtime import (
     runtime_of_table,
     same_device,
 )
+from xlstm_scaling.study.files import finite
 
 #: Bokeh's names of matplotlib's markers
 MARKERS = {"o": "circle", "s": "square", "^": "triangle", "D": "diamond", "v": "inverted_triangle", "P": "hex"}
@@ -94,8 +96,7 @@ def _style(style: ArchStyle) -> dict[str, str]:
 
 def _forecasts(laws: Laws, styles: Mapping[str, ArchStyle]) -> list[str]:
     return [
-        f"{styles[arch].name}: fitted without its largest budget, such a surface missed the losses there by "
-        f"{law.forecast_error:.1%} in the mean; intervals hold the form of the law for true"
+        forecast_note(styles[arch].name, law.forecast_error)
         for arch, law in laws.archs.items()
         if math.isfinite(law.forecast_error)
     ]

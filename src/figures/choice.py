@@ -26,7 +26,7 @@ from xlstm_scaling.planning.runtime import Roofline, Runtime, runtime_of_table
 
 from .sheet import Sheet, empty_sheet, log_axis, mark
 from .style import ArchStyle, arch_styles, count, flops, seconds, themed
-from .tables import Tables, order_archs
+from .tables import Tables, interval_percent, order_archs
 
 TITLE = "The best model for a budget, a context and a latency limit"
 #: grid: budgets of the curves, budgets and limits of the maps
@@ -87,7 +87,7 @@ def choice(tables: Tables, config: Mapping[str, Any]) -> Figure:
     archs, styles = order_archs(table["arch"]), arch_styles(tables.archs)
     maps = [name for name in table["panel"].unique() if name != "budget"] if len(archs) > 1 else []
     runtime = study_runtime(tables, archs)
-    level = 100 * float(config.get("confidence") or 0.95)
+    level = interval_percent(config)
     sheet = Sheet(
         TITLE,
         "The best shape that can be built, by the study's loss surface at every context; bands are "

@@ -7,11 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .isoflop import VARIABLES, draw_cell, pick
-from .optimal import draw_band, draw_minima, select
+from .isoflop import VARIABLES, draw_cell
+from .optimal import draw_band, draw_minima, exponent_text
 from .sheet import Sheet, empty_sheet, hollow_mark, log_axis, mark, say
-from .style import INK, arch_styles, count, flops, nested, power, sequential, si, themed
-from .tables import Tables, good_runs, order_archs, reasons, tagged
+from .style import INK, arch_styles, count, flops, nested, sequential, si, themed
+from .tables import Tables, good_runs, interval_percent, order_archs, pick, reasons, select, tagged
 
 TITLE = "Context: how the best model size moves with the length trained on"
 
@@ -50,13 +50,9 @@ def _against_context(ax: Axes, tables: Tables, cells: pd.DataFrame, budget: floa
         hollow += draw_minima(
             ax, select(cells, arch=arch), "context_length", style, f"context-minima-{arch}", nested(k, 64)
         )
-        law = select(laws, arch=arch)
-        if len(law) and law.iloc[0]["status"] == "ok":
-            row = law.iloc[0]
-            text = f"{style.name}: N* ∝ {power('T', row['exponent'], row['exponent_lo'], row['exponent_hi'])}"
-        else:
-            text = f"{style.name}: no power law"
-        entries.append(mark(text, style.colour, style.marker, line="-"))
+        exponent = exponent_text(select(laws, arch=arch), "T")
+        text = f"N* ∝ {exponent}" if exponent else "no power law"
+        entries.append(mark(f"{style.name}: {text}", style.colour, style.marker, line="-"))
     log_axis(ax, "x", count, sorted(cells["context_length"].unique()))
     log_axis(ax, "y", si)
     lo, hi = ax.get_ylim()
@@ -77,7 +73,7 @@ def context(tables: Tables, config: Mapping[str, Any]) -> Figure:
         return empty_sheet(TITLE, f"no fit: {reasons(cells)}")
     archs, styles = order_archs(runs["arch"]), arch_styles(tables.archs)
     contexts = sequential(runs["context_length"])
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     sheet = Sheet(
         TITLE,
         f"IsoFLOP curves at {flops(budget)} FLOPs, one colour a training context T; right: the size at their minimum "

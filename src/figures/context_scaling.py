@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .optimal import select
-from .sheet import Sheet, empty_sheet, hollow_mark, log_axis, mark
-from .style import arch_styles, count, sequential, si, themed
-from .tables import Tables, order_archs, reasons
+from .sheet import Sheet, arch_marks, empty_sheet, hollow_mark, log_axis, mark
+from .style import FAILED, ArchStyle, arch_styles, count, sequential, si, themed
+from .tables import Tables, order_archs, reasons, select
 
 TITLE = "Context scaling: the same tokens, read in longer contexts"
 COLUMNS = (
@@ -29,6 +29,34 @@ def _groups(sizes: pd.Series) -> pd.Series:
         last = max(groups.values(), default=None)
         groups[size] = last if last is not None and size <= 1.1 * last else size
     return sizes.map(groups)
+
+
+def _lines(ax: Axes, rows: pd.DataFrame, sizes: Mapping[float, Any], marker: str, gid: str) -> None:
+    """Loss against the training context, a line a model."""
+    for _, line in rows.groupby(["reference_context", "reference_loss"], sort=False):
+        line = line.sort_values("context_length")
+        style = {"color": sizes[line["size_group"].iloc[0]], "marker": marker}
+        ax.plot(line["context_length"], line["val_loss"], **style, lw=1.4, mec="white")[0].set_gid(gid)
+
+
+def _differences(ax: Axes, rows: pd.DataFrame, longest: int, style: ArchStyle, arch: str) -> None:
+    """Difference of the loss to the reference against the size; hollow at contexts below the longest."""
+    for context, points in rows[rows["context_length"] != rows["reference_context"]].groupby("context_length"):
+        ax.scatter(
+            points["num_params"], points["loss_difference"], s=34, marker=style.marker,
+            color=style.colour if context == longest else "none", edgecolors=style.colour, zorder=4,
+        ).set_gid(f"difference-{arch}-{context}")  # fmt: skip
+
+
+def _twins(rows: pd.DataFrame) -> str:
+    """Where the runs beside the references come from, and how much they differ from them; nothing without any."""
+    twins = rows[rows["context_length"] != rows["reference_context"]]
+    if twins.empty:
+        return ""
+    spread = [f"{100 * (twins[name] - 1).abs().max():.2g} %" for name in ("tokens_ratio", "params_ratio")]
+    found = twins["source"].value_counts().items()
+    sources = ", ".join(f"{number} {SOURCES.get(name, name)}" for name, number in found)
+    return f"Twins: {sources}. Their tokens differ by at most {spread[0]}, their parameters by {spread[1]}."
 
 
 @themed
@@ -55,14 +83,7 @@ def context_scaling(tables: Tables, config: Mapping[str, Any]) -> Figure:
     limits = (fine["val_loss"].min(), fine["val_loss"].max())
     margin = 0.08 * max(limits[1] - limits[0], 0.01)
     for ax, arch in zip(sheet.axes[0], archs):
-        twins = select(fine, arch=arch)
-        keys = ["reference_context", "reference_loss"]
-        for _, line in twins.groupby(keys, sort=False):
-            line = line.sort_values("context_length")
-            colour = sizes[line["size_group"].iloc[0]]
-            ax.plot(
-                line["context_length"], line["val_loss"], color=colour, marker=styles[arch].marker, lw=1.4, mec="white"
-            )[0].set_gid(f"context-{arch}")
+        _lines(ax, select(fine, arch=arch), sizes, styles[arch].marker, f"context-{arch}")
         ax.set_title(styles[arch].name, color=styles[arch].colour)
         ax.set_xlabel("training context T [tokens]")
         ax.set_ylim(limits[0] - margin, limits[1] + margin)
@@ -70,34 +91,19 @@ def context_scaling(tables: Tables, config: Mapping[str, Any]) -> Figure:
         ax.set_xlim(contexts[0] / 1.2, contexts[-1] * 1.2)
     sheet.axes[0, 0].set_ylabel("validation loss [nat/token]")
     last = sheet.axes[0, -1]
-    last.axhline(0.0, color="#9aa0a6", lw=0.9, zorder=1)
+    last.axhline(0.0, color=FAILED, lw=0.9, zorder=1)
     for arch in archs:
-        gaps = select(fine, arch=arch)
-        gaps = gaps[gaps["context_length"] != gaps["reference_context"]]
-        for context, points in gaps.groupby("context_length"):
-            filled = context == contexts[-1]
-            last.scatter(
-                points["num_params"], points["loss_difference"], s=34, marker=styles[arch].marker,
-                color=styles[arch].colour if filled else "none", edgecolors=styles[arch].colour, zorder=4,
-            ).set_gid(f"difference-{arch}-{context}")  # fmt: skip
+        _differences(last, select(fine, arch=arch), contexts[-1], styles[arch], arch)
     last.set_title("Difference by model size")
     last.set_xlabel("model size N [parameters]")
     last.set_ylabel("difference of the loss [nat/token]")
     log_axis(last, "x", si)
-    sheet.handles = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker) for arch in archs]
+    sheet.handles = arch_marks(styles, archs)
     if len(contexts) > 2:
         sheet.handles.append(hollow_mark(f"contexts below {count(contexts[-1])}"))
-    if len(sizes) <= 6:
-        sheet.handles += [mark(f"N about {si(size)}", colour, "", line="-", lw=3) for size, colour in sizes.items()]
-    else:
-        ends = list(sizes.items())[:: len(sizes) - 1]
-        sheet.handles += [mark(f"N about {si(size)}", colour, "", line="-", lw=3) for size, colour in ends]
-    twins = fine[fine["context_length"] != fine["reference_context"]]
-    if len(twins):
-        spread = [f"{100 * (twins[name] - 1).abs().max():.2g} %" for name in ("tokens_ratio", "params_ratio")]
-        found = twins["source"].value_counts().items()
-        sources = ", ".join(f"{number} {SOURCES.get(name, name)}" for name, number in found)
-        sheet.note(f"Twins: {sources}. Their tokens differ by at most {spread[0]}, their parameters by {spread[1]}.")
+    named = list(sizes.items()) if len(sizes) <= 6 else list(sizes.items())[:: len(sizes) - 1]  # all, or both ends
+    sheet.handles += [mark(f"N about {si(size)}", colour, "", line="-", lw=3) for size, colour in named]
+    sheet.note(_twins(fine))
     if not made:
         sheet.note("Published runs were not made for this: batches, learning rates and steps differ between twins too.")
     sheet.note("Losses are taken on windows of the training context: a longer one gives every prediction more to read.")

@@ -6,9 +6,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import Colormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from .sheet import Sheet, empty_sheet, log_axis, mark
@@ -51,6 +52,28 @@ def _without_curves(tables: Tables, curves: pd.DataFrame) -> str:
     return f"{len(lacking)} of {len(runs)} runs come without a curve: {', '.join(cells)} tokens of context."
 
 
+def _draw(
+    ax: Axes, lines: pd.DataFrame, ends: pd.DataFrame, colours: Colormap, norm: LogNorm, marker: str, arch: str
+) -> None:
+    """A line a run, and a dot for the last validation loss of each, coloured by model size."""
+    groups = [group.sort_values("bin") for _, group in lines.groupby("run_id")]
+    collection = LineCollection(
+        [group[["flops", "train_loss"]].to_numpy(dtype=float) for group in groups],
+        array=[group["num_params"].iloc[0] for group in groups],
+        cmap=colours,
+        norm=norm,
+        lw=0.9,
+        alpha=0.75,
+    )
+    collection.set_gid(f"curves-{arch}")
+    ax.add_collection(collection)
+    dots = ax.scatter(
+        ends["flops"], ends["val_loss"], c=ends["num_params"].astype(float), cmap=colours, norm=norm, s=16,
+        marker=marker, edgecolors="white", lw=0.5, zorder=3,
+    )  # fmt: skip
+    dots.set_gid(f"ends-{arch}")
+
+
 @themed
 def training_curves(tables: Tables, config: Mapping[str, Any]) -> Figure:
     """Training loss against FLOPs spent, one line a run, colour by model size; dots: last validation losses."""
@@ -75,33 +98,8 @@ def training_curves(tables: Tables, config: Mapping[str, Any]) -> Figure:
     )
     for ax, arch in zip(sheet.axes[0], archs):
         mine = lines[lines["arch"] == arch]
-        groups = [group.sort_values("bin") for _, group in mine.groupby("run_id")]
-        collection = LineCollection(
-            [group[["flops", "train_loss"]].to_numpy(dtype=float) for group in groups],
-            array=[group["num_params"].iloc[0] for group in groups],
-            cmap=colours,
-            norm=norm,
-            lw=0.9,
-            alpha=0.75,
-        )
-        collection.set_gid(f"curves-{arch}")
-        ax.add_collection(collection)
-        ends = (
-            curves[(curves["arch"] == arch) & curves["val_loss"].notna()].sort_values("step").groupby("run_id").tail(1)
-        )
-        dots = ax.scatter(
-            ends["flops"],
-            ends["val_loss"],
-            c=ends["num_params"].astype(float),
-            cmap=colours,
-            norm=norm,
-            s=16,
-            marker=styles[arch].marker,
-            edgecolors="white",
-            lw=0.5,
-            zorder=3,
-        )
-        dots.set_gid(f"ends-{arch}")
+        validated = curves[(curves["arch"] == arch) & curves["val_loss"].notna()].sort_values("step")
+        _draw(ax, mine, validated.groupby("run_id").tail(1), colours, norm, styles[arch].marker, arch)
         ax.set_title(styles[arch].name, color=styles[arch].colour)
         ax.set_xlabel("training compute spent [FLOPs]")
     first = sheet.axes[0, 0]

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .sheet import Sheet, empty_sheet, log_axis, mark, say, whiskers
+from .sheet import Sheet, arch_marks, empty_sheet, log_axis, mark, say, whiskers
 from .style import INK, SOFT, arch_styles, count, flops, themed
-from .tables import Tables, order_archs, reasons
+from .tables import Tables, interval_percent, order_archs, reasons
 
 TITLE = "Does a law hold one budget further?"
 PANELS = {"num_params": "best model size N*", "num_tokens": "best training tokens D*", "loss": "least loss L*"}
@@ -35,7 +35,7 @@ def forecasts(tables: Tables, config: Mapping[str, Any]) -> Figure:
         why = reasons(rows) if len(rows) else "three budgets at one context are needed"
         return empty_sheet(TITLE, f"no fit to forecast from: {why}")
     archs, styles = order_archs(drawable["arch"]), arch_styles(tables.archs)
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     sheet = Sheet(
         TITLE,
         "Left: power laws through all smaller budgets, at each budget they did not see; right: loss surfaces at the "
@@ -84,7 +84,7 @@ def forecasts(tables: Tables, config: Mapping[str, Any]) -> Figure:
         ax.axhline(0, color=INK, lw=0.9, zorder=1)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
     sheet.axes[0, 0].set_ylabel("predicted / observed − 1 [%]")
-    sheet.handles = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker) for arch in archs]
+    sheet.handles = arch_marks(styles, archs)
     sheet.handles.append(mark("interval misses", SOFT, hollow=True))
     laws = drawable[drawable["law"] == "power_law"]
     if len(laws):

@@ -10,11 +10,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
-from .isoflop import VARIABLES, draw_cell, pick
-from .optimal import SYMBOLS, draw_band, draw_minima, select
-from .sheet import Sheet, empty_sheet, hollow_mark, log_axis, mark, say
-from .style import arch_styles, count, flops, nested, plain, power, sequential, si, themed
-from .tables import Tables, good_runs, order_archs, reasons, tagged
+from .isoflop import VARIABLES, draw_cell
+from .optimal import SYMBOLS, draw_law, exponent_text
+from .sheet import Sheet, arch_marks, empty_sheet, hollow_mark, log_axis, mark, say
+from .style import arch_styles, count, flops, nested, plain, sequential, si, themed
+from .tables import Tables, good_runs, interval_percent, order_archs, pick, reasons, select, tagged
 
 MAP_TITLE = "Where the loss is low: every run by model size and tokens"
 CURVES_TITLE = "IsoFLOP curves at every context"
@@ -102,7 +102,7 @@ def isoflop_contexts(tables: Tables, config: Mapping[str, Any]) -> Figure:
     archs, styles = order_archs(runs["arch"]), arch_styles(tables.archs)
     contexts = sorted(runs["context_length"].unique())
     colours = sequential(runs["isoflop_tag"])
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     sheet = Sheet(
         CURVES_TITLE,
         "Every point is a training run, every colour one compute budget; the diamond is the minimum of its parabola.",
@@ -148,7 +148,7 @@ def power_laws(tables: Tables, config: Mapping[str, Any]) -> Figure:
     bands = select(tables.table("fits/power_law_bands"), predictor="flops")
     if cells.empty:
         return empty_sheet(LAWS_TITLE, f"no fit: {reasons(cells)}")
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     archs, styles = order_archs(cells["arch"]), arch_styles(tables.archs)
     contexts = sorted(cells["context_length"].unique())
     sheet = Sheet(
@@ -168,16 +168,14 @@ def power_laws(tables: Tables, config: Mapping[str, Any]) -> Figure:
             ax, entries = sheet.axes[i, j], []
             for k, arch in enumerate(archs):
                 style, keys = styles[arch], {"arch": arch, "context_length": context, "variable": variable}
-                mine, law = select(cells, **keys), select(laws, **keys)
-                last = 1.001 * mine.loc[mine["status"] == "ok", "flops_mean"].max()
-                beyond |= draw_band(ax, select(bands, **keys), style, f"law-{arch}-{variable}-{context}", last)
-                gid = f"minima-{arch}-{variable}-{context}"
-                hollow += draw_minima(ax, mine, "flops_mean", style, gid, nested(k, 50))
+                gid = f"{arch}-{variable}-{context}"
+                drawn = draw_law(ax, select(cells, **keys), select(bands, **keys), style, gid, nested(k, 50))
+                beyond, hollow = beyond | drawn[0], hollow + drawn[1]
+                law = select(laws, **keys)
                 text = "no fit"
-                if len(law) and law.iloc[0]["status"] == "ok":
-                    row = law.iloc[0]
-                    text = f"∝ {power('H', row['exponent'], row['exponent_lo'], row['exponent_hi'])}"
-                    text += f", {int(row['num_points'])} budgets" if row["num_points"] > 0 else ""
+                if exponent := exponent_text(law, "H"):
+                    budgets = int(law.iloc[0]["num_points"])
+                    text = f"∝ {exponent}" + (f", {budgets} budgets" if budgets > 0 else "")
                 entries.append(mark(f"{SYMBOLS[variable]} {text}", style.colour, style.marker, line="-"))
             here = select(cells, context_length=context, variable=variable)
             if not (here["x_opt"] > 0).any():
@@ -192,9 +190,9 @@ def power_laws(tables: Tables, config: Mapping[str, Any]) -> Figure:
                 )
             if i == 1:
                 ax.set_xlabel("training compute H [FLOPs]")
-    drawn = cells[cells["x_opt"] > 0]
+    found = cells[cells["x_opt"] > 0]
     for row, variable in zip(sheet.axes, VARIABLES):
-        if (drawn["variable"] == variable).any():
+        if (found["variable"] == variable).any():
             row[0].set_yscale("log")
             lo, hi = row[0].get_ylim()
             row[0].set_ylim(lo, hi * (hi / lo) ** (0.06 + 0.11 * len(archs)))
@@ -202,9 +200,9 @@ def power_laws(tables: Tables, config: Mapping[str, Any]) -> Figure:
                 log_axis(ax, "y", si)
         else:
             row[0].set_yticks([])
-    for ax in sheet.axes.flat if len(drawn) else ():
+    for ax in sheet.axes.flat if len(found) else ():
         log_axis(ax, "x", flops)
-    sheet.handles = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker, line="-") for arch in archs]
+    sheet.handles = arch_marks(styles, archs, line="-")
     if beyond:
         sheet.note("Dashed: the power law carried on beyond the largest budget measured; not checked by any run.")
     if hollow:

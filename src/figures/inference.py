@@ -8,10 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .optimal import select
 from .sheet import Sheet, empty_sheet, log_axis, mark, thin, whiskers
 from .style import SOFT, ArchStyle, arch_styles, count, nested, seconds, si, themed
-from .tables import Tables, order_archs, reasons
+from .tables import Tables, one_device, order_archs, points_text, reasons, select
 
 NAMES = {"ttft": "time to first token", "ttft_raw": "time to first token (second version)", "step_time": "step time"}
 TITLES = {"ttft": "Time to first token against prefill", "step_time": "Step time of generation against prefill"}
@@ -35,8 +34,7 @@ def timing_data(tables: Tables, quantity: str, config: Mapping[str, Any]) -> pd.
     )
     if rows.empty:
         return rows
-    device = config.get("device") or rows["device"].value_counts().index[0]
-    rows = rows[rows["device"] == device]
+    rows = one_device(rows, config)
     batch = config.get("batch_size") or rows["batch_size"].min()
     return rows[rows["batch_size"] == batch]
 
@@ -92,17 +90,22 @@ def _lost(ax: Axes, rows: pd.DataFrame, style: ArchStyle) -> list[str]:
     return sorted(set(gone["status"].astype(str).str.replace("_", " ")))
 
 
-def _points_text(data: pd.DataFrame, quantity: str) -> str:
-    spread = data[[f"{quantity}_s_lo", f"{quantity}_s_hi"]].notna().to_numpy().any()
-    return "Points: medians, whiskers: quartiles of the repeats" if spread else "Points: as published, without a spread"
+def _error(models: pd.DataFrame) -> str:
+    """How well the runtime model of one architecture fits, or why there is none."""
+    if models.empty or models.iloc[0]["status"] != "ok":
+        return f"no fit of the runtime model: {reasons(models)}"
+    fit = models.iloc[0]
+    unseen = fit.get("mape_held_out", np.nan)
+    text = f"mean absolute error of the runtime model {100 * fit['mape_fit']:.0f} % on its fit"
+    return text + (f", {100 * unseen:.0f} % on held-out sizes" if np.isfinite(unseen) else "")
 
 
 def _draw(tables: Tables, quantity: str, config: Mapping[str, Any]) -> Figure:
     data = timing_data(tables, quantity, config)
     models = tables.table("inference/runtime_model", "arch", "quantity", "status")
     predicted = tables.table("inference/runtime_predictions", "arch", "quantity", "predicted_s", "held_out")
-    title, name = TITLES[quantity], NAMES[quantity]
-    if data.empty or not ((data["status"] == "ok") & (data[f"{quantity}_s"] > 0)).any():
+    title, name, value = TITLES[quantity], NAMES[quantity], f"{quantity}_s"
+    if data.empty or not ((data["status"] == "ok") & (data[value] > 0)).any():
         return empty_sheet(title, f"no measurement: {reasons(data)}")
     batch, device = data["batch_size"].iloc[0], str(data["device"].iloc[0])
     predicted = select(predicted, quantity=quantity, batch_size=batch)
@@ -118,8 +121,8 @@ def _draw(tables: Tables, quantity: str, config: Mapping[str, Any]) -> Figure:
     nrows = -(-len(panels) // ncols)
     sheet = Sheet(
         title,
-        f"One panel a model size, batch {batch:g}, on {device}. {_points_text(data, quantity)}; lines: the fitted "
-        "runtime model.",
+        f"One panel a model size, batch {batch:g}, on {device}. {points_text(data, value)}; lines: the fitted runtime "
+        "model.",
         nrows=nrows,
         ncols=ncols,
         width=max(7.0, 3.4 * ncols),
@@ -155,14 +158,7 @@ def _draw(tables: Tables, quantity: str, config: Mapping[str, Any]) -> Figure:
     if lost:
         sheet.handles.append(mark(f"not measured ({', '.join(dict.fromkeys(lost))})", SOFT, "x"))
     for arch in archs:
-        row = select(models, arch=arch)
-        if row.empty or row.iloc[0]["status"] != "ok":
-            sheet.note(f"{styles[arch].name}: no fit of the runtime model: {reasons(row)}.")
-            continue
-        fit = row.iloc[0]
-        text = f"{styles[arch].name}: mean absolute error of the runtime model {100 * fit['mape_fit']:.0f} % on its fit"
-        unseen = fit.get("mape_held_out", np.nan)
-        sheet.note(text + (f", {100 * unseen:.0f} % on held-out sizes." if np.isfinite(unseen) else "."))
+        sheet.note(f"{styles[arch].name}: {_error(select(models, arch=arch))}.")
     return sheet.finish()
 
 

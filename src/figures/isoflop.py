@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .sheet import Sheet, empty_sheet, hollow_mark, log_axis, mark, say, whiskers
 from .style import FAILED, INK, arch_styles, count, flops, sequential, si, themed
-from .tables import Tables, base_context, good_runs, order_archs, reasons, tagged
+from .tables import Tables, base_context, good_runs, interval_percent, order_archs, pick, reasons, tagged
 
 VARIABLES = {"num_params": "model size N [parameters]", "num_tokens": "training tokens D [tokens]"}
 TITLE = "IsoFLOP curves: each budget has a best model size"
@@ -67,14 +67,6 @@ def draw_cell(ax: Axes, runs: pd.DataFrame, cell: pd.Series | None, variable: st
     return bool(fine)
 
 
-def pick(fits: pd.DataFrame, **keys: Any) -> pd.Series | None:
-    """The one row of a fit table with these keys, or None."""
-    rows = fits
-    for column, value in keys.items():
-        rows = rows[rows[column] == value]
-    return None if rows.empty else rows.iloc[0]
-
-
 def isoflop_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFrame:
     """Measured points and the fitted parabola at each of them: one row a run and variable."""
     context = base_context(tables, config.get("base_context"))
@@ -104,7 +96,7 @@ def isoflop_curves(tables: Tables, config: Mapping[str, Any]) -> Figure:
         return empty_sheet(TITLE, f"no fit: no run with a loss belongs to a FLOP budget at context {count(context)}")
     archs = order_archs(runs["arch"])
     colours, styles = sequential(runs["isoflop_tag"]), arch_styles(tables.archs)
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     sheet = Sheet(
         TITLE,
         f"Every point is a training run at context {count(context)}; every colour is one compute budget; "

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .sheet import Sheet, empty_sheet, log_axis, mark, say, thin, whiskers
 from .style import SOFT, ArchStyle, arch_styles, count, nested, seconds, si, themed
-from .tables import Tables, order_archs, reasons
+from .tables import Tables, one_device, order_archs, points_text, reasons
 
 TITLE = "Latency profile: one size over long prompts"
 COLUMNS = ("arch", "num_params", "batch_size", "prefill_length", "device", "status", "ttft_s", "step_time_s")
@@ -38,18 +38,11 @@ def latency_profile_data(tables: Tables, config: Mapping[str, Any]) -> pd.DataFr
     rows = rows[rows["prefill_length"] > 0]
     if rows.empty:
         return rows
-    device = config.get("device") or rows["device"].value_counts().index[0]
-    rows = rows[rows["device"] == device]
+    rows = one_device(rows, config)
     rows = rows[rows["batch_size"] == (config.get("batch_size") or rows["batch_size"].min())]
     near = {size: (rows["num_params"] / size - 1).abs() <= 0.1 for size in rows["num_params"].unique()}
     best = max(near, key=lambda size: (rows.loc[near[size], "arch"].nunique(), size), default=None)
     return rows if best is None else rows[near[best]]
-
-
-def _points(data: pd.DataFrame) -> str:
-    ends = [f"{name}_{end}" for name in ("ttft_s", "step_time_s") for end in ("lo", "hi")]
-    spread = all(name in data for name in ends) and data[ends].notna().to_numpy().any()
-    return "Points: medians, whiskers: quartiles of the repeats" if spread else "Points: as published, without a spread"
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, value: str, style: ArchStyle, arch: str, area: float) -> None:
@@ -79,9 +72,10 @@ def latency_profile(tables: Tables, config: Mapping[str, Any]) -> Figure:
         return empty_sheet(TITLE, f"no measurement: {reasons(data)}")
     panels = {name: label for name, label in PANELS.items() if name in data}
     archs, styles = order_archs(data["arch"]), arch_styles(tables.archs)
+    points = points_text(data, "ttft_s", "step_time_s")
     sheet = Sheet(
         TITLE,
-        f"Batch {data['batch_size'].iloc[0]:g} on {data['device'].iloc[0]}. {_points(data)}.",
+        f"Batch {data['batch_size'].iloc[0]:g} on {data['device'].iloc[0]}. {points}.",
         ncols=len(panels),
         width=3.5 * len(panels),
         row_height=3.2,

@@ -8,10 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .optimal import select
-from .sheet import Sheet, empty_sheet, log_axis, mark
+from .sheet import Sheet, arch_marks, empty_sheet, log_axis
 from .style import INK, ArchStyle, arch_styles, count, themed
-from .tables import Tables, fine, order_archs, reasons
+from .tables import Tables, fine, order_archs, reasons, select
 
 TITLE = "Beyond the training context: loss by the number of tokens read"
 COLUMNS = (
@@ -85,7 +84,7 @@ def length(tables: Tables, config: Mapping[str, Any]) -> Figure:
         row[0].set_ylabel(label)
         for ax in row:
             log_axis(ax, "x", _ratio, _ticks(low, high))
-    sheet.handles = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker, line="-") for arch in archs]
+    sheet.handles = arch_marks(styles, archs, line="-")
     for context, rows in shown.groupby("context_length"):
         sizes = rows.drop_duplicates("run_id").set_index("arch")["num_params"]
         models = ", ".join(f"{styles[arch].name} {count(size)}" for arch, size in sizes.items())

@@ -11,17 +11,10 @@ from matplotlib.figure import Figure
 from .isoflop import VARIABLES
 from .sheet import Sheet, empty_sheet, hollow_mark, log_axis, mark, say, whiskers
 from .style import FAILED, ArchStyle, arch_styles, count, flops, interval, nested, power, si, themed
-from .tables import Tables, base_context, order_archs, reasons, tagged
+from .tables import Tables, base_context, interval_percent, order_archs, reasons, select, tagged
 
 TITLE = "Compute-optimal size and tokens grow as powers of the budget"
 SYMBOLS = {"num_params": "N*", "num_tokens": "D*"}
-
-
-def select(frame: pd.DataFrame, **keys: Any) -> pd.DataFrame:
-    """The rows with these values."""
-    for column, value in keys.items():
-        frame = frame[frame[column] == value]
-    return frame
 
 
 def draw_band(ax: Axes, band: pd.DataFrame, style: ArchStyle, gid: str, last: float = np.inf) -> bool:
@@ -60,6 +53,23 @@ def draw_minima(ax: Axes, cells: pd.DataFrame, x: str, style: ArchStyle, gid: st
     return int((usable["status"] != "ok").sum())
 
 
+def draw_law(
+    ax: Axes, cells: pd.DataFrame, band: pd.DataFrame, style: ArchStyle, gid: str, area: float
+) -> tuple[bool, int]:
+    """Minima against the budget and the power law through them; whether it goes on beyond them, and `draw_minima`."""
+    last = 1.001 * cells.loc[cells["status"] == "ok", "flops_mean"].max()
+    beyond = draw_band(ax, band, style, f"law-{gid}", last)
+    return beyond, draw_minima(ax, cells, "flops_mean", style, f"minima-{gid}", area)
+
+
+def exponent_text(laws: pd.DataFrame, base: str) -> str:
+    """The base raised to the exponent of the one law, with its interval; nothing where it has no usable fit."""
+    if laws.empty or laws.iloc[0]["status"] != "ok":
+        return ""
+    row = laws.iloc[0]
+    return power(base, row["exponent"], row["exponent_lo"], row["exponent_hi"])
+
+
 @themed
 def compute_optimal(tables: Tables, config: Mapping[str, Any]) -> Figure:
     """N*(H) and D*(H): minima with intervals, power laws with bootstrap bands, exponents in the legends."""
@@ -69,7 +79,7 @@ def compute_optimal(tables: Tables, config: Mapping[str, Any]) -> Figure:
     bands = select(tables.table("fits/power_law_bands"), context_length=context, predictor="flops")
     if cells.empty:
         return empty_sheet(TITLE, f"no fit: {reasons(cells)}")
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     archs, styles = order_archs(cells["arch"]), arch_styles(tables.archs)
     sheet = Sheet(
         TITLE,
@@ -82,27 +92,14 @@ def compute_optimal(tables: Tables, config: Mapping[str, Any]) -> Figure:
     for ax, (variable, label) in zip(sheet.axes[0], VARIABLES.items()):
         entries = []
         for k, arch in enumerate(archs):
-            style = styles[arch]
-            band = select(bands, arch=arch, variable=variable)
-            mine = select(cells, arch=arch, variable=variable)
-            last = 1.001 * mine.loc[mine["status"] == "ok", "flops_mean"].max()
-            beyond |= draw_band(ax, band, style, f"law-{arch}-{variable}", last)
-            hollow += draw_minima(
-                ax,
-                select(cells, arch=arch, variable=variable),
-                "flops_mean",
-                style,
-                f"minima-{arch}-{variable}",
-                nested(k, 64),
-            )
-            law = select(laws, arch=arch, variable=variable)
-            if len(law) and law.iloc[0]["status"] == "ok":
-                row = law.iloc[0]
-                law_text = power("H", row["exponent"], row["exponent_lo"], row["exponent_hi"])
-                text = f"{style.name}:  {SYMBOLS[variable]} ∝ {law_text}"
-            else:
-                text = f"{style.name}:  no fit: {reasons(law)}"
-            entries.append(mark(text, style.colour, style.marker, line="-"))
+            style, keys = styles[arch], {"arch": arch, "variable": variable}
+            mine, band = select(cells, **keys), select(bands, **keys)
+            drawn = draw_law(ax, mine, band, style, f"{arch}-{variable}", nested(k, 64))
+            beyond, hollow = beyond | drawn[0], hollow + drawn[1]
+            law = select(laws, **keys)
+            exponent = exponent_text(law, "H")
+            text = f"{SYMBOLS[variable]} ∝ {exponent}" if exponent else f"no fit: {reasons(law)}"
+            entries.append(mark(f"{style.name}:  {text}", style.colour, style.marker, line="-"))
         if not ax.has_data() or select(cells, variable=variable)["x_opt"].isna().all():
             say(ax, f"no fit: {reasons(select(cells, variable=variable))}")
         else:

@@ -9,10 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .optimal import select
-from .sheet import Sheet, empty_sheet, hollow_mark, log_axis, mark, say
+from .sheet import Sheet, arch_marks, empty_sheet, hollow_mark, log_axis, mark, say
 from .style import FAILED, arch_styles, count, flops, plain, sequential, themed
-from .tables import Tables, good_runs, order_archs, reasons, tagged
+from .tables import Tables, good_runs, interval_percent, order_archs, reasons, select, tagged
 
 TITLE = "Over-training: does the slope stay the same when a model sees more tokens?"
 
@@ -91,7 +90,7 @@ def overtraining(tables: Tables, config: Mapping[str, Any]) -> Figure:
     archs, styles = order_archs(rows["arch"]), arch_styles(tables.archs)
     ratios = sorted(set(rows["ratio_tag"]) | set(fits["ratio_tag"].dropna()))
     colours = sequential(ratios)
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     sheet = Sheet(
         TITLE,
         f"Runs at context {count(context)} with a fixed number of tokens per parameter D/N (colour); lines are "
@@ -120,7 +119,7 @@ def overtraining(tables: Tables, config: Mapping[str, Any]) -> Figure:
         _slopes(last, fits, archs, styles, ratios)
         last.set_xlabel("slope d ln L / d ln H [1]")
         last.set_ylabel("tokens per parameter D/N [1]")
-        entries = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker, line="-") for arch in archs]
+        entries = arch_marks(styles, archs, line="-")
         sheet.handles += entries
     else:
         say(last, f"no fit: {reasons(fits)}")

@@ -4,17 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .isoflop import VARIABLES
 from .sheet import Sheet, empty_sheet, log_axis, mark
-from .style import SOFT, arch_styles, count, flops, nested, si, themed
+from .style import SOFT, ArchStyle, arch_styles, count, flops, nested, si, themed
 from .tables import Tables, numbers, order_archs
 
 TITLE = "The study at a glance: every run by model size and tokens"
-SETS = {"isoflop": ("o", "IsoFLOP set"), "tokenparam": ("D", "token/param set")}
-OTHER = ("^", "other runs")
+#: set of runs -> marker, name
+SETS = {"isoflop": ("o", "IsoFLOP set"), "tokenparam": ("D", "token/param set"), "other": ("^", "other runs")}
+LOST = "#111111"
 LINE = "#c3c7cb"
 
 
@@ -41,6 +43,23 @@ def _budget_lines(ax: Axes, budgets: list[float]) -> None:
     ax.set_ylim(low, high)
 
 
+def _runs(
+    ax: Axes, runs: pd.DataFrame, kind: pd.Series, styles: Mapping[str, ArchStyle], area: float, context: int
+) -> None:
+    """Points of the runs of one context, a marker a set (`kind`), later architectures smaller; crosses: lost ones."""
+    for k, arch in enumerate(styles):
+        for group, (marker, _) in SETS.items():
+            here = runs[(runs["arch"] == arch) & (kind == group)]
+            points = ax.scatter(
+                here["num_params"], here["num_tokens"], s=nested(k, area), marker=marker, color=styles[arch].colour,
+                alpha=0.9, edgecolors="white", lw=0.4, zorder=3,
+            )  # fmt: skip
+            points.set_gid(f"runs-{arch}-{group}-{context}")
+    gone = runs[runs["status"] != "ok"]
+    crosses = ax.scatter(gone["num_params"], gone["num_tokens"], marker="x", s=60, color=LOST, lw=1.5, zorder=5)
+    crosses.set_gid(f"diverged-{context}")
+
+
 @themed
 def study_overview(tables: Tables, config: Mapping[str, Any]) -> Figure:
     """N against D of all runs, a panel a context, with lines of equal FLOPs; diverged runs crossed."""
@@ -49,11 +68,12 @@ def study_overview(tables: Tables, config: Mapping[str, Any]) -> Figure:
     if runs.empty:
         return empty_sheet(TITLE, "no runs: the table of runs is empty")
     contexts = sorted(runs["context_length"].unique())
-    archs, styles = order_archs(runs["arch"]), arch_styles(tables.archs)
+    known = arch_styles(tables.archs)
+    styles = {arch: known[arch] for arch in order_archs(runs["arch"])}
     ncols = min(len(contexts), 3)
     nrows = -(-len(contexts) // ncols)
     lost = runs["status"] != "ok"
-    counts = ", ".join(f"{(runs['arch'] == arch).sum()} {styles[arch].name}" for arch in archs)
+    counts = ", ".join(f"{(runs['arch'] == arch).sum()} {styles[arch].name}" for arch in styles)
     sheet = Sheet(
         TITLE,
         f"{len(runs)} runs ({counts}), one panel a training context"
@@ -67,25 +87,8 @@ def study_overview(tables: Tables, config: Mapping[str, Any]) -> Figure:
     )
     kind = runs["experiment_set"].where(runs["experiment_set"].isin(list(SETS)), "other")
     for ax, context in zip(sheet.axes.flat, contexts):
-        for k, arch in enumerate(archs):
-            for group, (marker, _) in {**SETS, "other": OTHER}.items():
-                here = runs[(runs["context_length"] == context) & (runs["arch"] == arch) & (kind == group)]
-                points = ax.scatter(
-                    here["num_params"],
-                    here["num_tokens"],
-                    s=nested(k, 40 if len(runs) < 200 else 24),
-                    marker=marker,
-                    color=styles[arch].colour,
-                    alpha=0.9,
-                    edgecolors="white",
-                    lw=0.4,
-                    zorder=3,
-                )
-                points.set_gid(f"runs-{arch}-{group}-{context}")
-        gone = runs[(runs["context_length"] == context) & lost]
-        ax.scatter(gone["num_params"], gone["num_tokens"], marker="x", s=60, color="#111111", lw=1.5, zorder=5).set_gid(
-            f"diverged-{context}"
-        )
+        here = runs["context_length"] == context
+        _runs(ax, runs[here], kind[here], styles, 40 if len(runs) < 200 else 24, context)
         ax.set_title(f"context {count(context)}")
     budgets = sorted(numbers(runs["isoflop_tag"]).dropna().unique())
     first = sheet.axes[0, 0]
@@ -105,13 +108,11 @@ def study_overview(tables: Tables, config: Mapping[str, Any]) -> Figure:
             ax.set_xlabel(VARIABLES["num_params"])
     for ax in sheet.axes.flat[: len(contexts)]:
         _budget_lines(ax, budgets)
-    sheet.handles = [mark(styles[arch].name, styles[arch].colour, "o", mew=0) for arch in archs]
-    present = [group for group in (*SETS, "other") if (kind == group).any()]
-    sheet.handles += [
-        mark({**SETS, "other": OTHER}[g][1], SOFT, {**SETS, "other": OTHER}[g][0], mew=0) for g in present
-    ]
+    sheet.handles = [mark(styles[arch].name, styles[arch].colour, "o", mew=0) for arch in styles]
+    present = set(kind)
+    sheet.handles += [mark(name, SOFT, marker, mew=0) for group, (marker, name) in SETS.items() if group in present]
     if lost.any():
-        sheet.handles.append(mark("diverged or failed", "#111111", "x"))
+        sheet.handles.append(mark("diverged or failed", LOST, "x"))
     if budgets:
         sheet.handles.append(mark("equal compute, D = H / 6N", LINE, "", line=(0, (4, 3))))
         sheet.note("The runs lie off the dashed lines where attention, gates and embeddings make H differ from 6·N·D.")

@@ -13,7 +13,7 @@ from xlstm_scaling.accounting import label
 
 from .sheet import Sheet, empty_sheet, log_axis, mark, say
 from .style import FAILED, INK, SOFT, ArchStyle, arch_styles, count, flops, plain, themed
-from .tables import Tables, base_context, good_runs, order_archs, reasons
+from .tables import Tables, base_context, good_runs, interval_percent, order_archs, reasons
 
 TITLE = "Loss for a training budget"
 
@@ -63,6 +63,25 @@ def _pairs(ratio: pd.DataFrame) -> list[tuple[str, str]]:
     return [(first, other) for other in order_archs(ratio.loc[ratio["arch"] == first, "other"])]
 
 
+def _ratios(tables: Tables, context: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Rows of the first architecture at a context: all losses, those with a ratio, and those with its interval too."""
+    whole = tables.table("fits/pareto_ratio", "arch", "other", "context_length", "val_loss", "flop_ratio", "status")
+    whole = whole[whole["context_length"] == context]
+    if len(whole):
+        whole = whole[whole["arch"] == order_archs(whole["arch"])[0]]
+    known = whole[np.isfinite(whole["flop_ratio"].astype(float))]
+    return whole, known, known[known["status"] == "ok"]
+
+
+def _note_gaps(sheet: Sheet, whole: pd.DataFrame, known: pd.DataFrame, ratio: pd.DataFrame) -> None:
+    """At how many losses there is no interval, or no ratio at all."""
+    bare, none = len(known) - len(ratio), len(whole) - len(known)
+    if bare:
+        sheet.note(f"Dashed grey: {bare} of {len(whole)} losses have a ratio but too few resamples for an interval.")
+    if none:
+        sheet.note(f"{none} of {len(whole)} losses have no ratio ({reasons(whole)}).")
+
+
 def _ratio_panel(ax: Axes, ratio: pd.DataFrame, known: pd.DataFrame, styles: Mapping[str, ArchStyle]) -> None:
     pairs = _pairs(known)
     for first, other in pairs:
@@ -94,16 +113,11 @@ def loss_vs_flops(tables: Tables, config: Mapping[str, Any]) -> Figure:
     runs = runs[runs["context_length"] == context]
     front = tables.table("fits/pareto", "arch", "context_length", "num_flops", "val_loss")
     front = front[front["context_length"] == context]
-    whole = tables.table("fits/pareto_ratio", "arch", "other", "context_length", "val_loss", "flop_ratio", "status")
-    whole = whole[whole["context_length"] == context]
-    if len(whole):
-        whole = whole[whole["arch"] == order_archs(whole["arch"])[0]]
-    known = whole[np.isfinite(whole["flop_ratio"].astype(float))]
-    ratio = known[known["status"] == "ok"]
+    whole, known, ratio = _ratios(tables, context)
     if runs.empty:
         return empty_sheet(TITLE, f"no fit: no run with a loss at context {count(context)}")
     archs, styles = order_archs(runs["arch"]), arch_styles(tables.archs)
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     sheet = Sheet(
         f"{TITLE}: {' and '.join(styles[arch].name for arch in archs)}",
         _verdict(ratio, level / 100)
@@ -135,18 +149,12 @@ def loss_vs_flops(tables: Tables, config: Mapping[str, Any]) -> Figure:
         say(right, f"no fit: {reasons(whole)}", blank=False)
     else:
         _ratio_panel(right, ratio, known, styles)
+        log_axis(right, "x", lambda value: f"{plain(value)}×")
         sheet.note(
             f"Runs at context {count(context)}. Right: read across from the loss axis. Band: {level:g} % bootstrap "
             "interval."
         )
-        log_axis(right, "x", lambda value: f"{plain(value)}×")
-        bare, none = len(known) - len(ratio), len(whole) - len(known)
-        if bare:
-            sheet.note(
-                f"Dashed grey: {bare} of {len(whole)} losses have a ratio but too few resamples for an interval."
-            )
-        if none:
-            sheet.note(f"{none} of {len(whole)} losses have no ratio ({reasons(whole)}).")
+        _note_gaps(sheet, whole, known, ratio)
     log_axis(left, "x", flops)
     log_axis(left, "y", plain)
     right.tick_params(labelleft=False)

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .inference import NAMES
-from .optimal import select
 from .sheet import Sheet, empty_sheet, log_axis, mark, say, thin
 from .style import INK, SOFT, arch_styles, count, sequential, themed
-from .tables import Tables, order_archs, reasons
+from .tables import Tables, one_device, order_archs, reasons, select
 
 TITLE = "How well the runtime model fits: predicted over measured time"
 REACHES = (1.25, 1.5, 2.0, 4.0, 8.0)  # ends of the axis; what lies beyond the largest is drawn on the edge
@@ -22,10 +22,7 @@ def runtime_residuals_data(tables: Tables, config: Mapping[str, Any]) -> pd.Data
     """Measured and predicted times and their ratio, one row a measurement and quantity, by the fit to all of them."""
     columns = ("arch", "quantity", "device", "batch_size", "prefill_length", "measured_s", "predicted_s", "held_out")
     rows = tables.table("inference/runtime_predictions", *columns)
-    rows = rows[~rows["held_out"].astype(bool)]
-    if len(rows):
-        device = config.get("device") or rows["device"].value_counts().index[0]
-        rows = rows[rows["device"] == device]
+    rows = one_device(rows[~rows["held_out"].astype(bool)], config)
     rows = rows[[column for column in (*columns, "num_params") if column in rows and column != "held_out"]]
     ratio = rows["predicted_s"].astype(float) / rows["measured_s"].astype(float)
     return rows.assign(predicted_over_measured=ratio)
@@ -38,6 +35,19 @@ def _places(rows: pd.DataFrame) -> tuple[pd.Series, float]:
     order = rows["num_params"].rank(method="dense") if "num_params" in rows else pd.Series(1.0, index=rows.index)
     share = (order - 1) / max(order.max() - 1, 1) - 0.5
     return lengths.where(lengths > 0, zero) * SPREAD**share, zero
+
+
+def _ratios(ax: Axes, rows: pd.DataFrame, reach: float, colours: Mapping[float, Any], marker: str, gid: str) -> None:
+    """Ratios of the measurements, within 1 / reach to reach; a line through the means of each prefill; their error."""
+    places, zero = _places(rows)
+    ratio = rows["predicted_over_measured"].clip(1 / reach, reach)
+    tints = [colours[batch] for batch in rows["batch_size"]]
+    ax.scatter(places, ratio, c=tints, s=13, marker=marker, lw=0, alpha=0.85, zorder=3).set_gid(gid)
+    means = np.exp(np.log(ratio).groupby(rows["prefill_length"]).mean())
+    ax.plot(means.index.where(means.index > 0, zero), means, color=INK, lw=1.2, zorder=4)
+    error = np.abs(rows["predicted_over_measured"] - 1).mean()
+    text = f"mean absolute error {100 * error:.1f} % of {len(rows)}"
+    ax.text(0.98, 0.95, text, transform=ax.transAxes, ha="right", va="top", size=8.5, color=SOFT, zorder=5)
 
 
 @themed
@@ -76,32 +86,7 @@ def runtime_residuals(tables: Tables, config: Mapping[str, Any]) -> Figure:
             if mine.empty:
                 say(ax, f"no fit: {reasons(known)}", blank=False)
                 continue
-            places, zero = _places(mine)
-            ratio = mine["predicted_over_measured"].clip(1 / reach, reach)
-            ax.scatter(
-                places,
-                ratio,
-                c=[colours[batch] for batch in mine["batch_size"]],
-                s=13,
-                marker=styles[arch].marker,
-                lw=0,
-                alpha=0.85,
-                zorder=3,
-            ).set_gid(f"residuals-{quantity}-{arch}")
-            means = np.exp(np.log(ratio).groupby(mine["prefill_length"]).mean())
-            ax.plot(means.index.where(means.index > 0, zero), means, color=INK, lw=1.2, zorder=4)
-            error = np.abs(mine["predicted_over_measured"] - 1).mean()
-            ax.text(
-                0.98,
-                0.95,
-                f"mean absolute error {100 * error:.1f} % of {len(mine)}",
-                transform=ax.transAxes,
-                ha="right",
-                va="top",
-                size=8.5,
-                color=SOFT,
-                zorder=5,
-            )
+            _ratios(ax, mine, reach, colours, styles[arch].marker, f"residuals-{quantity}-{arch}")
     ends = (1 / reach, 1, reach)
     zeros = [min(lengths) / 2] if (rows["prefill_length"] == 0).any() else []
     for ax in sheet.axes.flat:

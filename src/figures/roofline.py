@@ -8,10 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .optimal import select
-from .sheet import Sheet, empty_sheet, log_axis, mark, say
+from .sheet import Sheet, arch_marks, empty_sheet, log_axis, mark, say
 from .style import INK, SOFT, ArchStyle, arch_styles, count, flops, nested, si, themed
-from .tables import Tables, order_archs, reasons
+from .tables import Tables, one_device, order_archs, reasons, select
 
 TITLE = "Roofline: prefill computes, generation reads memory"
 PHASES = {"prefill": "-", "generation": (0, (4, 2))}
@@ -29,8 +28,9 @@ def _chosen(tables: Tables, config: Mapping[str, Any]) -> tuple[pd.DataFrame, pd
     device = tables.table("inference/device", "device", "quantity", "value", "source", "method")
     if rows.empty:
         return rows, crossings, device
-    name = config.get("device") or rows["device"].value_counts().index[0]
-    rows, crossings, device = (frame[frame["device"] == name] for frame in (rows, crossings, device))
+    rows = one_device(rows, config)
+    name = rows["device"].iloc[0] if len(rows) else config["device"]
+    crossings, device = (frame[frame["device"] == name] for frame in (crossings, device))
     measured = rows["against"] == "measured"
     models = rows[~measured].groupby("arch")["num_params"].max()
     largest = rows["num_params"] == rows["arch"].map(models)
@@ -125,7 +125,7 @@ def roofline(tables: Tables, config: Mapping[str, Any]) -> Figure:
     for ax, phase in zip(sheet.axes[1], PHASES):
         _reached(ax, rows, phase, styles, archs, peak, rate)
         ax.set_ylabel("rate [FLOP/s]")
-    sheet.handles = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker, line="-") for arch in archs]
+    sheet.handles = arch_marks(styles, archs, line="-")
     sheet.handles += [mark(phase, SOFT, "", line=dashes) for phase, dashes in PHASES.items()]
     sheet.handles.append(mark("ridge and roof of the device", INK, "", line="-"))
     for against, other, what in (("context", "batch_size", "batch"), ("batch", "prefill_length", "a prefill")):

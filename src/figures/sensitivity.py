@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .sheet import Sheet, empty_sheet, hollow_mark, mark
+from .sheet import Sheet, arch_marks, empty_sheet, hollow_mark, mark
 from .style import FAILED, INK, SOFT, ArchStyle, arch_styles, count, interval, themed
-from .tables import Tables, base_context, order_archs, reasons
+from .tables import Tables, base_context, interval_percent, order_archs, reasons
 from .tables import fine as fine_status
 
 TITLE = "One question, many estimates: the exponent $a$ of $N^* \\propto H^a$"
@@ -117,6 +117,15 @@ def _others(ax: Axes, rows: pd.DataFrame, place: float, style: ArchStyle) -> boo
     return len(rows) > 0
 
 
+def _limits(rows: pd.DataFrame) -> tuple[float, float]:
+    """Range of the axis: all bars, as far as they do not squeeze the others, and an exponent of a half."""
+    bounds = rows[["exponent", "exponent_lo", "exponent_hi"]].astype(float)
+    lo, hi = (float(f(bounds)) for f in (np.nanmin, np.nanmax))
+    lo, hi = max(lo, bounds["exponent"].min() - 0.4), min(hi, bounds["exponent"].max() + 0.4)
+    margin = 0.06 * max(hi - lo, 0.05)
+    return min(lo - margin, 0.48), max(hi + margin, 0.52)
+
+
 @themed
 def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
     """Forest plot: the exponent under each approach, form, subset and δ, with intervals."""
@@ -125,7 +134,7 @@ def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
     if drawable.empty:
         return empty_sheet(TITLE, f"no fit: {reasons(rows)}")
     archs, styles = order_archs(drawable["arch"]), arch_styles(tables.archs)
-    level = 100 * float(config.get("confidence", 0.95))
+    level = interval_percent(config)
     lines: list[tuple[int, str]] = []
     for approach, group in drawable.groupby("approach", sort=True):
         lines.append((approach, ""))
@@ -139,12 +148,6 @@ def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
     )
     ax = sheet.axes[0, 0]
     failed, ticks = False, False
-    bounds = drawable[["exponent", "exponent_lo", "exponent_hi"]].astype(float)
-    lo, hi = (float(f(bounds)) for f in (np.nanmin, np.nanmax))
-    lo = max(lo, bounds["exponent"].min() - 0.4)  # an endless bar would squeeze all others
-    hi = min(hi, bounds["exponent"].max() + 0.4)
-    span = max(hi - lo, 0.05)
-    limits = (lo - 0.06 * span, hi + 0.06 * span)
     for y, (approach, estimate) in enumerate(lines):
         if not estimate:
             ax.text(
@@ -171,10 +174,10 @@ def sensitivity(tables: Tables, config: Mapping[str, Any]) -> Figure:
     )
     ax.axvline(0.5, color=SOFT, lw=1.1, ls=(0, (4, 3)), zorder=1)
     ax.set_ylim(len(lines) - 0.4, -0.7)
-    ax.set_xlim(min(limits[0], 0.48), max(limits[1], 0.52))
+    ax.set_xlim(*_limits(drawable))
     ax.grid(False, axis="y")
     ax.set_xlabel("exponent a of the compute-optimal model size, $N^* \\propto H^a$ [1]")
-    sheet.handles = [mark(styles[arch].name, styles[arch].colour, styles[arch].marker, line="-") for arch in archs]
+    sheet.handles = arch_marks(styles, archs, line="-")
     sheet.handles.append(mark("a = 0.5: size and tokens grow alike", SOFT, "", line=(0, (4, 3))))
     if ticks:
         sheet.handles.append(mark("the same with another Huber δ", SOFT, "|", ms=8, mew=1.3))

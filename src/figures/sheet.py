@@ -1,7 +1,7 @@
 """A sheet: title and subtitle above the axes, legend and notes below, placed in inches so that nothing overlaps."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .style import FAILED, INK, SOFT, WIDTH, nice_ticks
+from .style import FAILED, INK, SOFT, WIDTH, ArchStyle, nice_ticks
 
 TITLE_IN, SUBTITLE_IN, NOTE_IN, LEGEND_IN = 0.31, 0.2, 0.155, 0.195
 
@@ -180,6 +180,11 @@ def mark(label: str, colour: Any, marker: str = "o", *, line: str = "", hollow: 
     face = "none" if hollow else colour
     options = {"marker": marker, "ls": line or "none", "mfc": face, "mec": colour, "mew": 1.1, "ms": 6} | extra
     return Line2D([], [], color=colour, label=label, **options)
+
+
+def arch_marks(styles: Mapping[str, ArchStyle], archs: Sequence[str], line: str = "") -> list[Line2D]:
+    """The legend entries of architectures."""
+    return [mark(styles[arch].name, styles[arch].colour, styles[arch].marker, line=line) for arch in archs]
 
 
 def hollow_mark(label: str = "cell without a usable fit") -> Line2D:

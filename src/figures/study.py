@@ -1,11 +1,12 @@
 """Draw the figures of a study from its results folder."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from xlstm_scaling.study.files import atomic_write
 
 from .registry import FIGURES, ON_DEMAND
 from .tables import FigureError, Tables
@@ -75,12 +76,8 @@ def require(tables: Tables, names: Sequence[str]) -> None:
 
 
 def _write_csv(frame: pd.DataFrame, path: Path) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        frame.to_csv(part, index=False, lineterminator="\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path, "w") as stream:
+        frame.to_csv(stream, index=False, lineterminator="\n")
     return path
 
 

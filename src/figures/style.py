@@ -1,6 +1,5 @@
 """One look for all figures: theme, colours, markers, number formats, saving."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from xlstm_scaling.accounting import label
+from xlstm_scaling.study.files import atomic_write
 
 from .tables import order_archs
 
@@ -177,22 +177,18 @@ def nice_ticks(lo: float, hi: float, wanted: int = 4) -> list[float]:
 
 def save_figure(fig: Figure, stem: Path, formats: Sequence[str] = ("svg", "png"), dpi: int = 200) -> list[Path]:
     """Write `stem`.<format> for each format, whole or not at all; the same figure, the same bytes."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for kind in formats:
         target = stem.with_name(f"{stem.name}.{kind}")
-        part = stem.with_name(f".{stem.name}.{os.getpid()}.{kind}")
         try:
-            with theme():
+            with atomic_write(target) as stream, theme():
                 if kind == "svg":
-                    FigureCanvasSVG(fig).print_svg(part, metadata={"Date": None, "Creator": None})
+                    FigureCanvasSVG(fig).print_svg(stream, metadata={"Date": None, "Creator": None})
                 elif kind == "png":
-                    fig.savefig(part, format="png", dpi=dpi, metadata={"Software": None})
+                    fig.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
                 else:
-                    fig.savefig(part, format=kind)
-            part.replace(target)
+                    fig.savefig(stream, format=kind)
         finally:
-            part.unlink(missing_ok=True)
             FigureCanvasAgg(fig)
         written.append(target)
     return written

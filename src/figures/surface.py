@@ -9,10 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .isoflop import VARIABLES
-from .optimal import select
 from .sheet import Sheet, empty_sheet, log_axis, mark, say
 from .style import SOFT, ArchStyle, arch_styles, count, interval, plain, sequential, si, themed
-from .tables import Tables, base_context, fine, good_runs, order_archs, reasons
+from .tables import Tables, base_context, fine, good_runs, order_archs, reasons, select
 
 TITLE = "The fitted loss surface L(N, D) against the runs"
 BOUND = ["A", "B", "E", "alpha", "beta", "gamma"]

@@ -1,7 +1,8 @@
 """The tables a figure is drawn from, read on demand from a results folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -38,7 +39,7 @@ class Tables(Mapping):
         path = self._path(str(name))
         return name in self._frames or (path is not None and path.is_file())
 
-    def __iter__(self) -> Iterable[str]:
+    def __iter__(self) -> Iterator[str]:
         found = set(self._frames)
         if self.folder is not None:
             for path in self.folder.glob("*.parquet"):
@@ -107,6 +108,39 @@ def fine(status: pd.Series) -> pd.Series:
 def tagged(frame: pd.DataFrame, column: str = "isoflop_tag") -> pd.DataFrame:
     """The frame with its label column as numbers."""
     return frame.assign(**{column: numbers(frame[column])})
+
+
+def select(frame: pd.DataFrame, **keys: Any) -> pd.DataFrame:
+    """The rows with these values."""
+    for column, value in keys.items():
+        frame = frame[frame[column] == value]
+    return frame
+
+
+def pick(fits: pd.DataFrame, **keys: Any) -> pd.Series | None:
+    """The one row of a fit table with these values, or None."""
+    rows = select(fits, **keys)
+    return None if rows.empty else rows.iloc[0]
+
+
+def one_device(rows: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of the wanted device (``figures.device``), else of the one with the most rows."""
+    if rows.empty:
+        return rows
+    return rows[rows["device"] == (options.get("device") or rows["device"].value_counts().index[0])]
+
+
+def points_text(rows: pd.DataFrame, *times: str) -> str:
+    """What the points and whiskers of these columns of measured times are."""
+    ends = [f"{name}_{end}" for name in times for end in ("lo", "hi")]
+    if set(ends) <= set(rows.columns) and rows[ends].notna().to_numpy().any():
+        return "Points: medians, whiskers: quartiles of the repeats"
+    return "Points: as published, without a spread"
+
+
+def interval_percent(options: Mapping[str, Any]) -> float:
+    """The level of the study's intervals [%]."""
+    return 100 * float(options.get("confidence") or 0.95)
 
 
 def base_context(tables: Tables, wanted: float | None = None) -> int:

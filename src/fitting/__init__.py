@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .loss_surface import LossSurface
     from .study import fit_all
-    from .surface_fit import SurfaceStatus, fit_surface
+    from .surface_fit import fit_surface
+    from .surface_result import SurfaceStatus
     from .tables import COLUMNS, FitError, make_table
 
 __all__ = ["COLUMNS", "FitError", "LossSurface", "SurfaceStatus", "fit_all", "fit_surface", "make_table"]
 _WHERE = {
     "LossSurface": "loss_surface",
     "fit_all": "study",
-    "SurfaceStatus": "surface_fit",
+    "SurfaceStatus": "surface_result",
     "fit_surface": "surface_fit",
 }
 

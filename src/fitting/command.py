@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .surface_fit import SurfaceFit
+    from .surface_result import SurfaceFit
 
 _COLUMNS = ("arch", "experiment_set", "context_length", "num_params", "num_tokens", "val_loss")
 _NUMBERS = ("num_params", "num_tokens", "val_loss")
@@ -52,29 +51,22 @@ def run_surface(args: argparse.Namespace) -> int:
         raise OptionError(f"--bootstrap must not be negative, not {args.bootstrap}")
     settings["num_resamples"] = args.bootstrap
     settings["seed"] = settings["seed"] if args.seed is None else args.seed
-    data, context = select_runs(read_table(args.runs), args, settings)
+    data, context = select_runs(read_runs(args.runs), args, settings)
     result = surface_result(data, settings, args, context)
     print(json.dumps(result) if args.json else _text(result))
     return 0 if result["status"] == "converged" else 1
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Return the table of a .parquet or .csv file.
+def read_runs(path: Path) -> pd.DataFrame:
+    """Return the table of runs of a .parquet or .csv file.
 
     Raises:
-        OptionError: another ending, an unreadable file, or a column that the fit needs is absent.
+        FileNotFoundError, ValueError: no such table.
+        OptionError: a column that the fit needs is absent.
     """
-    import pandas as pd
+    from xlstm_scaling.study.files import read_table
 
-    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
-    if path.suffix not in readers:
-        raise OptionError(f"{path}: a table of runs ends in .parquet or .csv")
-    if not path.is_file():
-        raise OptionError(f"{path}: no such file")
-    try:
-        runs = readers[path.suffix](path)
-    except Exception as error:  # every reader has its own
-        raise OptionError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+    runs = read_table(path)
     missing = [name for name in _COLUMNS if name not in runs.columns]
     if missing:
         raise OptionError(f"{path} lacks the columns {', '.join(missing)}")
@@ -136,7 +128,10 @@ def surface_result(
     """
     import numpy as np
 
-    from .surface_fit import FORMS, SAMPLED, compare_forms, fit_surface
+    from xlstm_scaling.study.files import finite
+
+    from .surface_fit import fit_surface
+    from .surface_result import FORMS, SAMPLED, compare_forms
 
     config = settings["surface"]
     values = [data[name].to_numpy(dtype=np.float64) for name in _NUMBERS]
@@ -162,14 +157,14 @@ def surface_result(
         result["gamma_test"] = compare_forms(fixed, fit)
     if args.bootstrap:
         result |= _bootstrap(fit, data, settings, args, context)
-    return _finite(result)
+    return finite(result)
 
 
 def _bootstrap(
     fit: SurfaceFit, data: pd.DataFrame, settings: Mapping[str, Any], args: argparse.Namespace, context: int
 ) -> dict[str, Any]:
     from .resampling import percentile_interval
-    from .surface_fit import SAMPLED
+    from .surface_result import SAMPLED
     from .surface_tables import surface_samples
 
     if "isoflop_tag" not in data.columns:
@@ -198,15 +193,6 @@ def _range(text: str) -> tuple[float, float]:
     if not 0 <= low < high:
         raise OptionError(f"--tokens-per-param: {low:g} must be less than {high:g}, and not negative")
     return low, high
-
-
-def _finite(value: object) -> Any:
-    """JSON has no NaN and no infinity: None instead."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None) -> str:

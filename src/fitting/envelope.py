@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from .power_law import fit_lines
 from .resampling import bootstrap_counts, cell_generator, percentile_interval
 from .tables import FitError, make_table
 
@@ -133,6 +134,4 @@ def _envelope_lines(x: Array, loss: Array, tokens: Array, params: Array, drawn: 
         return np.full((3, 2), np.nan)
     best, column, x = best[covered], column[covered], x[covered]
     y = np.log10([params[best], tokens[best, column], loss[best, column]])  # [3, points]
-    centred = x - x.mean()
-    slope = y @ centred / (centred @ centred)
-    return np.column_stack([y.mean(axis=1) - slope * x.mean(), slope])
+    return fit_lines(x, y)

@@ -13,19 +13,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .loss_surface import LossSurface
-from .power_law import fit_lines
+from .power_law import MINIMA, fit_lines, minima_draws
 from .resampling import cell_generator, percentile_interval, refill, stratified_counts
 from .surface_fit import bootstrap_surface, fit_surface
 from .surface_tables import base_context
-from .tables import make_table
+from .tables import budget_cells, make_table
 
 Array = NDArray[np.float64]
-#: quantity -> the parabola it is read from, and the column of `isoflop`
-QUANTITIES = {
-    "num_params": ("num_params", "x_opt"),
-    "num_tokens": ("num_tokens", "x_opt"),
-    "loss": ("num_params", "loss_opt"),
-}
 #: a run belongs to the past of a budget if it has less than this share of the budget's FLOPs
 PAST_SHARE = 0.75
 #: resamples of a surface, at most
@@ -61,12 +55,9 @@ def fit_forecasts(
 
 
 def _power_laws(isoflop: pd.DataFrame, resamples: pd.DataFrame, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    draws = {
-        key: group.sort_values("resample")[["x_opt", "loss_opt"]].to_numpy()
-        for key, group in resamples.groupby(["arch", "context_length", "isoflop_tag", "variable"])
-    }
+    draws = minima_draws(resamples)
     fewest = max(2, int(config["power_law"]["min_points"]))
-    for quantity, (parabola, column) in QUANTITIES.items():
+    for quantity, (parabola, column) in MINIMA.items():
         cells = isoflop[(isoflop["variable"] == parabola) & (isoflop["status"] == "ok")]
         for (arch, context), group in cells.groupby(["arch", "context_length"], sort=True):
             group = group.sort_values("flops_mean")
@@ -143,10 +134,9 @@ def _surface(
     residuals = np.log(past["val_loss"].to_numpy(dtype=np.float64)) - np.log(
         fit.surface.predict(past["num_params"], past["num_tokens"])
     )
-    cells = past["experiment_set"].astype(str) + past["isoflop_tag"].astype(object).fillna("").astype(str)
     number = min(int(config["num_resamples"]), SURFACE_RESAMPLES)
     stream = ("forecast", arch, form)
-    counts = stratified_counts(list(cells), number, config["seed"], *stream, min_distinct=fit.problem.lower.size)
+    counts = stratified_counts(budget_cells(past), number, config["seed"], *stream, min_distinct=fit.problem.lower.size)
     samples, survivors = bootstrap_surface(fit, counts, settings)
     good = samples[np.isfinite(samples).all(axis=1)]
     if survivors < number / 2:

@@ -114,7 +114,7 @@ def _ratios(context: int, pair: Mapping[str, pd.DataFrame], config: Mapping[str,
     targets = np.geomspace(low, high, int(config["pareto"]["ratio_points"]))
     first, second = pair
     flops = {arch: flops_at_loss(*data[arch], targets) for arch in pair}
-    samples = {arch: _resampled(*data[arch], pair[arch], targets, config, context, arch) for arch in pair}
+    samples = {arch: resampled_flops_at_loss(pair[arch], targets, config, context, arch) for arch in pair}
     ratios = samples[second] / samples[first]  # [R, t]
     rows = []
     for j, target in enumerate(targets):
@@ -127,12 +127,20 @@ def _ratios(context: int, pair: Mapping[str, pd.DataFrame], config: Mapping[str,
     return rows
 
 
-def _resampled(
-    flops: Array, loss: Array, group: pd.DataFrame, targets: Array, config: Mapping[str, Any], context: int, arch: str
+def resampled_flops_at_loss(
+    runs: pd.DataFrame, targets: Array, config: Mapping[str, Any], context: int, arch: str
 ) -> Array:
-    """Return the FLOPs at each target for every resample, shape (R, t)."""
-    tags = [group[name].astype(object).fillna("").astype(str) for name in ("isoflop_tag", "ratio_tag")]
-    cells = group["experiment_set"].astype(str) + " " + tags[0] + " " + tags[1]
+    """Return the FLOPs at which the convex frontier of every resample reaches each loss of `targets`, shape (R, t).
+
+    Args:
+        runs: usable runs of one architecture and context, drawn within budgets and token/param ratios.
+        targets: losses [nat/token], shape (t,).
+        config: the group `fitting`: num_resamples and seed.
+        context, arch: of the runs; they name the random stream.
+    """
+    flops, loss = (runs[name].to_numpy(dtype=float) for name in ("num_flops", "val_loss"))
+    tags = [runs[name].astype(object).fillna("").astype(str) for name in ("isoflop_tag", "ratio_tag")]
+    cells = runs["experiment_set"].astype(str) + " " + tags[0] + " " + tags[1]
     counts = stratified_counts(list(cells), int(config["num_resamples"]), config["seed"], "pareto", arch, context)
     samples = np.empty((len(counts), len(targets)))
     for r, drawn in enumerate(counts > 0):

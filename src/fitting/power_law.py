@@ -5,7 +5,7 @@ N*, D* as powers of the context at a fixed budget: least squares in log space (H
 intervals come from the resamples of the parabolas, carried through.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -19,8 +19,13 @@ from .resampling import cell_generator, percentile_interval, refill
 from .tables import make_table
 
 Array = NDArray[np.float64]
-_VARIABLES = {"num_params": ("num_params", "x_opt"), "num_tokens": ("num_tokens", "x_opt")}
-_VARIABLES["loss"] = ("num_params", "loss_opt")  # L* is read off the parabola in log10 N
+#: variable → the parabola that it is read off (L* of that in log10 N), and the column of `isoflop`
+MINIMA = {
+    "num_params": ("num_params", "x_opt"),
+    "num_tokens": ("num_tokens", "x_opt"),
+    "loss": ("num_params", "loss_opt"),
+}
+_DRAWN = ["x_opt", "loss_opt"]
 
 
 class PowerLawStatus(StrEnum):
@@ -50,6 +55,25 @@ def fit_lines(x: Array, y: Array) -> Array:
     return np.column_stack([y.mean(axis=1) - slope * x.mean(), slope])
 
 
+def flops_bounds(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the range of budgets [FLOPs] that power laws are fitted over: `power_law.flops_range`, open where None."""
+    low, high = config["power_law"]["flops_range"]
+    return -np.inf if low is None else float(low), np.inf if high is None else float(high)
+
+
+def minima_draws(resamples: pd.DataFrame) -> dict[tuple[Any, ...], Array]:
+    """(arch, context, tag, variable) → (x_opt, loss_opt) of every resample of a parabola, shape (R, 2), NaN: failed."""
+    keys = ["arch", "context_length", "isoflop_tag", "variable"]
+    return {key: group.sort_values("resample")[_DRAWN].to_numpy() for key, group in resamples.groupby(keys)}
+
+
+def refilled_draws(
+    draws: Mapping[tuple[Any, ...], Array], seed: int, arch: str, context: int, tag: Any, variable: str
+) -> Array:
+    """The resamples of one parabola, (R, 2), the failed ones drawn again; N* and D* of a cell get the same draws."""
+    return refill(draws[arch, context, tag, variable], cell_generator(seed, "refill", arch, context, tag))
+
+
 def fit_power_laws(
     isoflop: pd.DataFrame, resamples: pd.DataFrame, config: Mapping[str, Any], runs: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -64,10 +88,7 @@ def fit_power_laws(
         The tables `power_laws` and `power_law_bands` of docs/tables.md. Rows of `difference(a, b)`, one for every pair
         of architectures, hold the difference of the exponents only (one of coefficients has no meaning at H = 1).
     """
-    draws = {
-        key: group.sort_values("resample")[["x_opt", "loss_opt"]].to_numpy()
-        for key, group in resamples.groupby(["arch", "context_length", "isoflop_tag", "variable"])
-    }
+    draws = minima_draws(resamples)
     fits: list[tuple[dict[str, Any], Array]] = []
     bands: list[pd.DataFrame] = []
     for key, points in _groups(isoflop, config):
@@ -84,7 +105,7 @@ def minima_lines(
     isoflop: pd.DataFrame,
     resamples: pd.DataFrame,
     config: Mapping[str, Any],
-    variables: Sequence[str] = tuple(_VARIABLES),
+    variables: Sequence[str] = tuple(MINIMA),
 ) -> dict[tuple[str, int], dict[str, Array]]:
     """N*(H), D*(H) and L*(H) of every architecture and context, with their resamples, from the tables alone.
 
@@ -97,39 +118,37 @@ def minima_lines(
         (arch, context) → variable (num_params, num_tokens, loss) → (intercept, slope) in log10, shape (1 + R, 2): the
         fit, then its resamples. An architecture and context with too few minima of a variable lacks it.
     """
-    low, high = config["power_law"]["flops_range"]
-    inside = isoflop["flops_mean"].between(
-        -np.inf if low is None else float(low), np.inf if high is None else float(high)
-    )
-    cells = isoflop[(isoflop["status"] == "ok") & inside]
-    keys = ["arch", "context_length", "isoflop_tag", "variable"]
-    draws = {key: group.sort_values("resample") for key, group in resamples.groupby(keys)}
+    cells = isoflop[(isoflop["status"] == "ok") & isoflop["flops_mean"].between(*flops_bounds(config))]
+    draws = minima_draws(resamples)
     least = max(2, int(config["power_law"]["min_points"]))
     found: dict[tuple[str, int], dict[str, Array]] = {}
     for variable in variables:
-        parabola, value = _VARIABLES[variable]
+        parabola, value = MINIMA[variable]
         for (arch, context), group in cells[cells["variable"] == parabola].groupby(["arch", "context_length"]):
             group = group.sort_values("flops_mean")
             if group["flops_mean"].nunique() < least:
                 continue
             x, y = (np.log10(group[name].to_numpy(dtype=np.float64)) for name in ("flops_mean", value))
-            sampled = []
-            for tag in group["isoflop_tag"]:
-                stream = cell_generator(config["seed"], "refill", arch, context, tag)
-                drawn = draws[arch, context, tag, parabola][[value]].to_numpy(dtype=np.float64)
-                sampled.append(np.log10(refill(drawn, stream)[:, 0]))
-            lines = fit_lines(x, np.vstack([y, np.column_stack(sampled)]))
+            places = [(arch, context, tag) for tag in group["isoflop_tag"]]
+            lines = fit_lines(x, np.vstack([y, _sampled(draws, places, variable, config["seed"])]))
             found.setdefault((str(arch), int(context)), {})[variable] = lines
     return found
 
 
+def _sampled(
+    draws: Mapping[tuple[Any, ...], Array], places: Iterable[tuple[str, int, Any]], variable: str, seed: int
+) -> Array:
+    """Return log10 of the resampled minima of k cells (arch, context, tag), shape (R, k)."""
+    parabola, value = MINIMA[variable]
+    column = _DRAWN.index(value)
+    return np.column_stack([np.log10(refilled_draws(draws, seed, *place, parabola)[:, column]) for place in places])
+
+
 def _groups(isoflop: pd.DataFrame, config: Mapping[str, Any]) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     """Return the key of every law and the IsoFLOP cells (also failed ones) that belong to it."""
-    low, high = config["power_law"]["flops_range"]
-    low, high = (-np.inf if low is None else float(low)), (np.inf if high is None else float(high))
-    in_range = isoflop[isoflop["flops_mean"].between(low, high)]
+    in_range = isoflop[isoflop["flops_mean"].between(*flops_bounds(config))]
     groups = []
-    for variable, (parabola, value) in _VARIABLES.items():
+    for variable, (parabola, value) in MINIMA.items():
         cells = in_range[in_range["variable"] == parabola].assign(value=lambda frame, v=value: frame[v])
         for (arch, context), group in cells.groupby(["arch", "context_length"], sort=True):
             key = {"arch": arch, "context_length": context, "variable": variable, "predictor": "flops"}
@@ -160,14 +179,9 @@ def _fit_points(
         return row | {"status": PowerLawStatus.TOO_FEW_POINTS, "detail": detail}, np.full((1, 2), np.nan), None
 
     x = np.log10(good["predictor_value"].to_numpy(dtype=np.float64))
-    parabola, value = _VARIABLES[key["variable"]]
-    column = 0 if value == "x_opt" else 1
-    sampled = []
-    for arch, context, tag in good[["arch", "context_length", "isoflop_tag"]].itertuples(index=False):
-        stream = cell_generator(config["seed"], "refill", arch, context, tag)
-        sampled.append(np.log10(refill(draws[arch, context, tag, parabola], stream)[:, column]))
+    places = good[["arch", "context_length", "isoflop_tag"]].itertuples(index=False, name=None)
     y = np.log10(good["value"].to_numpy(dtype=np.float64))
-    lines = fit_lines(x, np.vstack([y, np.column_stack(sampled)]))
+    lines = fit_lines(x, np.vstack([y, _sampled(draws, places, key["variable"], config["seed"])]))
     row |= {"predictor_min": 10 ** x.min(), "predictor_max": 10 ** x.max()}
     for name, index in (("log10_coefficient", 0), ("exponent", 1)):
         row[name] = lines[0, index]

@@ -17,6 +17,7 @@ MODEL, PREDICTIONS = "runtime_model.parquet", "runtime_predictions.parquet"
 
 
 def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``xlstm-scaling runtime``."""
     parser.add_argument("study", type=Path, help="results folder of a study, e.g. results/laptop, or its inference/")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -118,6 +118,7 @@ def peak_rates(limits: Mapping[str, tuple[float, float]]) -> Array:
 
 
 def check_measurements(measurements: pd.DataFrame, config: Mapping[str, Any]) -> None:
+    """Raises FitError where a column is absent or a setting of ``runtime_model`` is too small."""
     counts = [f"{quantity}_{name}" for quantity in ("ttft", "step_time") for name in (*COUNTS, "flops", "bytes")]
     needed = [*KEYS, "prefill_logits", "num_blocks", "status", "ttft_s", "step_time_s", *counts]
     missing = [column for column in needed if column not in measurements.columns]
@@ -167,6 +168,7 @@ def has_second_version(group: pd.DataFrame) -> bool:
 
 
 def reasons(measurements: pd.DataFrame) -> str:
+    """Why no measurement is usable: how many have which status."""
     if measurements.empty:
         return "the table is empty"
     return ", ".join(f"{number} {status}" for status, number in measurements["status"].value_counts().items()) + (
@@ -175,6 +177,7 @@ def reasons(measurements: pd.DataFrame) -> str:
 
 
 def model_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The table ``runtime_model``: every column with its type."""
     table = pd.DataFrame(list(rows)).reindex(columns=list(MODEL_COLUMNS))
     for name in MODEL_COLUMNS:
         table[name] = table[name].astype(
@@ -184,6 +187,7 @@ def model_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def prediction_table(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """The table ``runtime_predictions`` from those of each architecture, device and quantity."""
     filled = [part for part in parts if len(part)]
     table = pd.concat(filled) if filled else pd.DataFrame(columns=list(PREDICTION_COLUMNS))
     table["held_out"] = table["held_out"].astype(bool)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .surface_solver import SurfaceProblem, descend, to_eta
+from .surface_problem import SurfaceProblem, to_eta
+from .surface_solver import descend
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]

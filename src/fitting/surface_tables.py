@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from .loss_surface import SURFACE_FIELDS
 from .resampling import percentile_interval, stratified_counts
-from .surface_fit import SAMPLED, SurfaceFit, bootstrap_surface, fit_surface_ladder
-from .tables import make_table
+from .surface_fit import bootstrap_surface, fit_surface_ladder
+from .surface_result import SAMPLED, SurfaceFit
+from .tables import budget_cells, make_table
 
 Samples = NDArray[np.float64]
 _TABLES = ("surface", "surface_resamples", "surface_predictions")
@@ -135,9 +136,8 @@ def surface_samples(
     Returns:
         As `bootstrap_surface`: `SAMPLED` of each resample, and how many converged.
     """
-    cells = data["experiment_set"].astype(str) + data["isoflop_tag"].astype(object).fillna("").astype(str)
     counts = stratified_counts(
-        list(cells),
+        budget_cells(data),
         int(config["num_resamples"]),
         config["seed"],
         "surface",

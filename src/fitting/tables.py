@@ -92,6 +92,11 @@ def make_table(name: str, rows: Iterable[Mapping[str, Any]] | pd.DataFrame, labe
     return frame.reset_index(drop=True)
 
 
+def budget_cells(runs: pd.DataFrame) -> list[str]:
+    """Return the cell that each run is drawn from where loss surfaces are resampled: its FLOP budget, or its set."""
+    return list(runs["experiment_set"].astype(str) + runs["isoflop_tag"].astype(object).fillna("").astype(str))
+
+
 def usable_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs that ended well and have a finite positive loss, N, D and H, in an order of their own.
 

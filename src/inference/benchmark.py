@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from xlstm_scaling.accounting import ModelShape, count_params, dtype_bytes, make_shape, weight_bytes
@@ -23,8 +24,10 @@ from xlstm_scaling.inference.probe import probe_device
 from xlstm_scaling.inference.records import Records, finish_table
 from xlstm_scaling.inference.worker import measure_model
 from xlstm_scaling.models import LanguageModel, build_model
+from xlstm_scaling.study.config import to_dict
 from xlstm_scaling.study.files import digest, write_table
 from xlstm_scaling.study.machine import resolve_compute_dtype
+from xlstm_scaling.study.plan import model_vocab_size, num_heads
 
 BUSY_SHARE = 0.2  # of all CPUs; above it the rest of the machine is mentioned in `detail`
 #: what is measured, below the package: cells of other code are measured again
@@ -83,6 +86,19 @@ def untrained_models(
             build = _Build(shape, options)
             models.append(BenchmarkModel(f"{arch}-{name}", arch, shape, trained=False, build=build))
     return models
+
+
+def models_of_study(config: DictConfig, sizes: Mapping[str, Mapping[str, Any] | None]) -> list[BenchmarkModel]:
+    """Untrained models of these sizes with a study's architectures, vocabulary, options and rule for heads; sizes and
+    errors as in `untrained_models`."""
+    return untrained_models(
+        sizes,
+        list(config.study.architectures),
+        model_vocab_size(config),
+        model_options=to_dict(config.training.model_options),
+        shape_options=to_dict(config.study.shape_options),
+        head_rule=functools.partial(num_heads, config.study),
+    )
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from xlstm_scaling.accounting import ModelShape, prefill_flops
+from xlstm_scaling.accounting.dtypes import FP32_BYTES
 from xlstm_scaling.accounting.inference_memory import inference_memory
-from xlstm_scaling.accounting.layout import FP32
 from xlstm_scaling.accounting.memory import HEADROOM
 from xlstm_scaling.inference.counts import DTYPE_BYTES
 from xlstm_scaling.inference.energy import EnergyMeter, find_meter
@@ -191,7 +191,7 @@ class ModelRun:
         parameters = predicted_memory(self.entry.shape, 1, 1, self.config)["parameters"]
         weight = DTYPE_BYTES[str(self.config["dtype"])]
         # built in fp32 on the host, then cast and moved
-        for where, needed in (("cpu", parameters * FP32 / weight), (self.device, parameters)):
+        for where, needed in (("cpu", parameters * FP32_BYTES / weight), (self.device, parameters)):
             free = available_bytes(where)
             if needed > HEADROOM * free:
                 return f"the parameters need {needed:.3g} bytes on {where}, {HEADROOM:.0%} of {free:.3g} are free"

@@ -179,6 +179,14 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def kept_name(model: LanguageModel) -> str:
+    """What a model keeps of what it has read: the state of mLSTM blocks, the cache of attention blocks, or both."""
+    from xlstm_scaling.models.transformer import TransformerBlock
+
+    kinds = {isinstance(block, TransformerBlock) for block in model.blocks}
+    return " and ".join(name for name, attends in (("state", False), ("cache", True)) if attends in kinds)
+
+
 def check_memory(
     model: LanguageModel, batch: int, prompt_length: int, max_new_tokens: int, chunk: int, device: torch.device
 ) -> int:
@@ -187,15 +195,15 @@ def check_memory(
     from xlstm_scaling.inference.generation import state_bytes
     from xlstm_scaling.inference.timing import available_bytes
 
-    length, transformer = prompt_length + max_new_tokens, model.shape.arch == "transformer"
+    length, kept = prompt_length + max_new_tokens, kept_name(model)
     state, free = state_bytes(model, batch, length), available_bytes(str(device))
     needed = state + sum(p.numel() * p.element_size() for p in model.parameters())
-    if transformer and chunk < prompt_length:
+    if "cache" in kept and chunk < prompt_length:
         needed += 5 * chunk * prompt_length  # as bool and as a bias
     if needed > free:
         raise ValueError(
             f"{batch} x {length:,} tokens need {needed / 1e9:.3g} GB, {state / 1e9:.3g} GB of them the "
-            f"{'cache' if transformer else 'state'}, and {free / 1e9:.3g} GB are free on {device}: "
+            f"{kept}, and {free / 1e9:.3g} GB are free on {device}: "
             "shorten or split the prompts, or lower --max-tokens or --prefill-chunk"
         )
     return state
@@ -270,7 +278,7 @@ def run_generate(args: argparse.Namespace) -> int:
     rest = sum(map(len, new)) - len(new)
     print(
         f"{sum(map(len, ids)):,} tokens read, first token after {first_s:.4g} s; {sum(map(len, new)):,} tokens "
-        f"generated, {_rate(rest, seconds)}; {'cache' if meta.shape.arch == 'transformer' else 'state'} of "
+        f"generated, {_rate(rest, seconds)}; {kept_name(meta)} of "
         f"{state / 1e6:.4g} MB",
         file=sys.stderr,
     )

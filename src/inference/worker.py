@@ -26,6 +26,8 @@ from xlstm_scaling.inference.cells import BenchmarkModel, Cell, ModelRun
 
 log = logging.getLogger(__name__)
 
+#: modules whose functions make and measure models; each process would take a second to import them
+PRELOADED = [__name__, "xlstm_scaling.inference.benchmark", "xlstm_scaling.training.trainer"]
 #: a pass, or warm-up, that lasts so many times ``max_cell_s`` is ended with its process
 PATIENCE = 3.0
 #: but at most so long: the system's clock of a wait is limited [s]
@@ -38,7 +40,7 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -3,7 +3,7 @@
 The launches of an operation, forward and backward, are recorded on ``meta`` tensors (``triton_launch.recording``) and
 compiled for each target as Triton's own launcher would specialise them. A kernel fails that does not compile, spills
 registers to memory, takes more shared (or tensor) memory than a program may use, or computes matrix products without
-matrix units. ``xlstm-scaling certify --compile`` prints the table; it needs Triton, no GPU.
+matrix units. The command is in `compile_command`.
 
 Registers, spills and matrix instructions come from the machine code (cuobjdump and nvdisasm, which Triton's wheel
 brings; the assembly on AMD), products from the intermediate code: ``tt.dot`` that keeps a blocked layout runs on scalar
@@ -12,9 +12,6 @@ units.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import multiprocessing
 import os
 import re
@@ -22,25 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
+from xlstm_scaling.kernels.problems import Problem, Variant
+from xlstm_scaling.kernels.specialisation import Specialised, specialise
+from xlstm_scaling.kernels.triton_launch import Launch, Target, recording
 
-from xlstm_scaling.kernels.arguments import add_compile_arguments
-from xlstm_scaling.kernels.mlstm.state import MLSTMState
-from xlstm_scaling.kernels.problems import SETS, Problem, mlstm
-from xlstm_scaling.kernels.triton_launch import INTERPRETED, PACKAGED_TABLES, TARGETS, Launch, Target, recording
-
-_POINTER_TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
-}  # fmt: skip
-#: longest chunk of the mLSTM (imported, its module would want Triton)
-MAX_CHUNK_SIZE = 1024
 #: machine instructions of the matrix units: Blackwell's, Hopper's, those of one warp, AMD's
 _MATRIX_INSTRUCTIONS = {
     "tcgen05": r"\bUTC[A-Z]*MMA\b", "wgmma": r"\b[HQIB]GMMA\b", "mma": r"\b[HQIB]MMA\b", "mfma": r"\bv_s?mfmac?_",
@@ -76,85 +64,6 @@ class CompiledKernel:
     @property
     def ok(self) -> bool:
         return not self.failures
-
-
-@dataclass(frozen=True)
-class Specialised:
-    """A launch in the terms of Triton's compiler: argument types, constants by position, attributes by position."""
-
-    kernel: Any  # triton.JITFunction
-    target: Target
-    signature: dict[str, str]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], list]
-    options: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Equal for launches that compile to the same code."""
-        constants = {name: str(value) for name, value in self.constants.items()}
-        kernel = f"{self.kernel.fn.__module__}.{self.kernel.fn.__qualname__}"
-        parts = (self.signature, constants, self.attributes, self.options, self.target.backend, self.target.arch)
-        return repr((kernel, *parts))
-
-
-def specialise(launch: Launch, target: Target) -> Specialised:
-    """The types, constants and attributes that Triton's launcher derives from the arguments of ``launch``.
-
-    Pointers and integers divisible by 16 are known to be; the integer 1 and None are constants. It is the launcher's
-    own to the letter, so that what was compiled ahead is found in Triton's cache when it is launched. ValueError on an
-    argument of a type that kernels do not take.
-    """
-    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    values = dict(launch.arguments)
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list] = {}
-    for position, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
-        value = values.pop(name) if name in values else parameter.default
-        kind, divisible, small = _kind(launch.name, name, value, not parameter.do_not_specialize)
-        if parameter.is_constexpr or kind == "constexpr":
-            signature[name] = "constexpr"
-            constants[position,], attributes[position,] = value, []
-            continue
-        annotation = parameter.annotation_type
-        signature[name] = annotation if annotation and not kind.startswith("*") else kind
-        if kind in ("fp32", "u1"):
-            continue  # has no attributes
-        notes = []
-        if divisible and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
-            notes.append(["tt.divisibility", 16])
-        if small and target.backend == "hip":
-            notes.append(["tt.pointer_range", 32])
-        attributes[position,] = notes
-    options.update(values)  # what is no parameter is an option of the compiler
-    return Specialised(launch.kernel, target, signature, constants, attributes, options)
-
-
-def _kind(kernel: str, name: str, value: Any, specialised: bool) -> tuple[str, bool, bool]:
-    """(type, divisible by 16, a tensor under 2 GiB) of an argument."""
-    if isinstance(value, torch.Tensor):
-        return f"*{_POINTER_TYPES[value.dtype]}", value.data_ptr() % 16 == 0, value.untyped_storage().size() < 2**31
-    if isinstance(value, bool):
-        return "u1", False, False
-    if isinstance(value, int):
-        if specialised and value == 1:
-            return "constexpr", False, False
-        kind = "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
-        return kind, value % 16 == 0, False
-    if isinstance(value, float):
-        return "fp32", False, False
-    if value is None or type(value).__module__.startswith("triton"):  # dtypes, constants, functions
-        return "constexpr", False, False
-    if isinstance(value, str):
-        return "constexpr", False, False
-    raise ValueError(f"kernel {kernel}: argument {name} is a {type(value).__name__}")
-
-
-def compile_launch(launch: Launch, target: Target, problem: str = "") -> CompiledKernel:
-    """Compile one recorded launch and look at the result; what goes wrong is a failure of the row, not an error."""
-    return _compile(specialise(launch, target), problem)
 
 
 def _compile(source: Specialised, problem: str) -> CompiledKernel:
@@ -293,47 +202,6 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     return entry("vgpr_count"), entry("private_segment_fixed_size")
 
 
-# all problems, all targets
-
-
-@dataclass(frozen=True)
-class Variant:
-    """An mLSTM problem in a chunk length of its own, or from a first state to a last, with the gradients of both."""
-
-    problem: Problem
-    chunk_size: int | None = None
-    states: bool = False
-
-    @property
-    def name(self) -> str:
-        chunk = "" if self.chunk_size is None else f" chunk_size={self.chunk_size}"
-        return f"{self.problem.name}{chunk}{' states' if self.states else ''}"
-
-    def make_inputs(self, device: str) -> dict[str, torch.Tensor]:
-        inputs, s = self.problem.make_inputs(device), self.problem.size
-        if self.states:
-            shapes = {"C": (s["d_qk"], s["d_v"]), "n": (s["d_qk"],), "m": ()}
-            for name, shape in shapes.items():
-                inputs[name] = torch.zeros(s["B"], s["H"], *shape, device=device, requires_grad=True)
-        return inputs
-
-    def run(self, inputs: Mapping[str, torch.Tensor], backend: str) -> None:
-        function, state = self.problem.implementation(backend), None
-        if self.states:
-            state = MLSTMState(*(inputs[name] for name in "Cnm"))
-        h, last = function(*(inputs[name] for name in "qkvif"), state, self.chunk_size)
-        outputs = [h, *last] if self.states else [h]
-        torch.autograd.grad(outputs, list(inputs.values()), [torch.ones_like(y) for y in outputs])
-
-
-def variants() -> list[Variant]:
-    """Code of the mLSTM that no problem's defaults reach: the shortest and longest chunks, and states."""
-    wide, narrow = mlstm(1, 8, 8192, 256, 512), mlstm(1, 6, 8192, 64, 128)
-    in_fp32 = mlstm(2, 6, 1000, 64, 128, torch.float32, strided=True)
-    chunks = [Variant(problem, size) for problem in (wide, narrow) for size in (64, MAX_CHUNK_SIZE)]
-    return [*chunks, *(Variant(problem, states=True) for problem in (narrow, in_fp32))]
-
-
 def record(problem: Problem | Variant, target: Target) -> list[Launch]:
     """The launches of ``problem``, forward and backward, as ``target`` would get them; nothing runs."""
     with recording(target) as launches:
@@ -396,117 +264,3 @@ def _not_recorded(problem: Problem | Variant, target: Target, error: Exception) 
         shared_bytes=None, shared_limit_bytes=target.shared_memory_bytes, products=None, scalar_products=None,
         matrix_instructions="", compile_s=0.0, failures=(f"cannot be launched: {_last_line(error)}",),
     )  # fmt: skip
-
-
-def packaged_targets() -> dict[str, Target]:
-    """Devices that have a packaged table of configurations: their tuned configurations must compile too."""
-    found = {}
-    for path in sorted(PACKAGED_TABLES.glob("*.json")):
-        target = json.loads(path.read_text()).get("target")
-        if target is not None:
-            found[path.stem] = Target(name=path.stem, **target)
-    return found
-
-
-# the command
-
-COLUMNS = ("target", "kernel", "problem", "configuration", "registers", "spill_bytes", "shared_bytes", "products",
-           "matrix_instructions", "failures")  # fmt: skip
-_HEADINGS = {
-    "spill_bytes": "spills [B]", "shared_bytes": "shared [B]", "matrix_instructions": "matrix unit",
-    "failures": "verdict",
-}  # fmt: skip
-
-
-def table(rows: Sequence[CompiledKernel], columns: Sequence[str] = COLUMNS) -> str:
-    """The rows as text, aligned."""
-    lines = [[_HEADINGS.get(name, name) for name in columns]]
-    lines += [[_cell(name, getattr(row, name)) for name in columns] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
-def _cell(name: str, value: Any) -> str:
-    if name == "failures":
-        return "; ".join(value) or "ok"
-    return "-" if value is None or value == "" else str(value)
-
-
-def write(rows: Sequence[CompiledKernel], path: Path) -> None:
-    """The table as .csv or .json; ValueError on another ending."""
-    records = [asdict(row) for row in rows]
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".json":
-        partial.write_text(json.dumps(records, indent=1) + "\n")
-    elif path.suffix == ".csv":
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(CompiledKernel)])
-            writer.writeheader()
-            writer.writerows(entry | {"failures": "; ".join(entry["failures"])} for entry in records)
-    else:
-        raise ValueError(f"{path}: the table is written as .csv or .json")
-    partial.replace(path)
-
-
-def compile_command(args: argparse.Namespace) -> int:
-    """Compile, print the table, return 1 if a kernel fails. ValueError names an unknown target or missing Triton."""
-    targets = {**TARGETS, **packaged_targets()}
-    names = args.target or list(targets)
-    if unknown := [name for name in names if name not in targets]:
-        raise ValueError(f"no target {', '.join(unknown)}; known: {', '.join(targets)}")
-    if args.out is not None and args.out.suffix not in (".csv", ".json"):
-        raise ValueError(f"{args.out}: the table is written as .csv or .json")
-    try:
-        import triton
-    except ImportError:
-        raise ValueError("ahead-of-time compilation needs Triton, not a GPU (pip install triton; Linux)") from None
-    if INTERPRETED:  # decided when Triton is imported, so that only a new process can compile
-        return _in_a_clean_process(args)
-    start = time.perf_counter()
-    chosen = [*SETS[args.shapes](), *(variants() if args.shapes == "all" else ())]
-    rows = compile_problems(chosen, [targets[name] for name in names], args.processes, _interactive())
-    failed = [row for row in rows if not row.ok]
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write(rows, args.out)
-    shown = failed if args.failures_only else rows
-    if shown:
-        print(table(shown))
-    print(f"{len(rows)} kernels compiled with Triton {triton.__version__} for {', '.join(names)} "
-          f"in {time.perf_counter() - start:.0f} s: {len(failed)} failed")  # fmt: skip
-    return 1 if failed or not rows else 0
-
-
-def _in_a_clean_process(args: argparse.Namespace) -> int:
-    command = [sys.executable, "-m", __spec__.name if __name__ == "__main__" else __name__]
-    command += ["--shapes", args.shapes, "--processes", str(args.processes)]
-    command += ["--target", *args.target] if args.target else []
-    command += ["--out", str(args.out)] if args.out is not None else []
-    command += ["--failures-only"] if args.failures_only else []
-    return subprocess.run(command, env=clean_environment(), check=False).returncode
-
-
-def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment without what turns Triton into an interpreter."""
-    return {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
-
-
-def _interactive() -> bool:
-    return sys.stderr.isatty()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m xlstm_scaling.kernels.compilation", description="Compile every Triton kernel ahead of time."
-    )
-    add_compile_arguments(parser)
-    parser.add_argument("--out", type=Path, help="write the table here, .csv or .json")
-    try:
-        return compile_command(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"compilation: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,6 +16,8 @@ from xlstm_scaling.kernels.mlstm.state import MLSTMState
 from xlstm_scaling.kernels.registry import get_kernel
 
 SOFT_CAP = 30.0
+#: longest chunk of the mLSTM (imported, its module would want Triton)
+MAX_CHUNK_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -331,3 +333,45 @@ def quick_problems() -> list[Problem]:
 
 
 SETS: dict[str, Callable[[], list[Problem]]] = {"all": all_problems, "quick": quick_problems}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An mLSTM problem in a chunk length of its own, or from a first state to a last, with the gradients of both."""
+
+    problem: Problem
+    chunk_size: int | None = None
+    states: bool = False
+
+    @property
+    def op(self) -> str:
+        return self.problem.op
+
+    @property
+    def name(self) -> str:
+        chunk = "" if self.chunk_size is None else f" chunk_size={self.chunk_size}"
+        return f"{self.problem.name}{chunk}{' states' if self.states else ''}"
+
+    def make_inputs(self, device: str) -> dict[str, Tensor]:
+        inputs, s = self.problem.make_inputs(device), self.problem.size
+        if self.states:
+            shapes = {"C": (s["d_qk"], s["d_v"]), "n": (s["d_qk"],), "m": ()}
+            for name, shape in shapes.items():
+                inputs[name] = torch.zeros(s["B"], s["H"], *shape, device=device, requires_grad=True)
+        return inputs
+
+    def run(self, inputs: Mapping[str, Tensor], backend: str = "triton") -> None:
+        function, state = self.problem.implementation(backend), None
+        if self.states:
+            state = MLSTMState(*(inputs[name] for name in "Cnm"))
+        h, last = function(*(inputs[name] for name in "qkvif"), state, self.chunk_size)
+        outputs = [h, *last] if self.states else [h]
+        torch.autograd.grad(outputs, list(inputs.values()), [torch.ones_like(y) for y in outputs])
+
+
+def variants() -> list[Variant]:
+    """Code of the mLSTM that no problem's defaults reach: the shortest and longest chunks, and states."""
+    wide, narrow = mlstm(1, 8, 8192, 256, 512), mlstm(1, 6, 8192, 64, 128)
+    in_fp32 = mlstm(2, 6, 1000, 64, 128, torch.float32, strided=True)
+    chunks = [Variant(problem, size) for problem in (wide, narrow) for size in (64, MAX_CHUNK_SIZE)]
+    return [*chunks, *(Variant(problem, states=True) for problem in (narrow, in_fp32))]

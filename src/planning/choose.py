@@ -112,6 +112,7 @@ class Allocation:
 
     @property
     def total_flops(self) -> Array:
+        """FLOPs of training and serving together."""
         return self.training_flops + self.serving_flops
 
 
@@ -166,6 +167,7 @@ class Choice:
 
     @property
     def value(self) -> float:
+        """What is minimised, of the best candidate; inf where there is none."""
         return float("inf") if self.best is None else float(self.allocation.value[0, self.best])
 
 

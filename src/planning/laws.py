@@ -21,13 +21,13 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 
 from xlstm_scaling.fitting.loss_surface import SURFACE_FIELDS
-from xlstm_scaling.fitting.power_law import minima_lines
-from xlstm_scaling.fitting.resampling import cell_generator, refill
+from xlstm_scaling.fitting.power_law import minima_draws, minima_lines, refilled_draws
 from xlstm_scaling.planning.errors import PlanningError
 
 Array = NDArray[np.float64]
 #: surfaces in the order in which they are taken: over-training and IsoFLOP runs together, the outer exponent free
 PREFERENCE = tuple((s, f) for s in ("all", "isoflop", "tokenparam") for f in ("gamma_free", "gamma_fixed"))
+_CELL = ["arch", "context_length", "isoflop_tag"]
 TABLES = ("isoflop", "isoflop_resamples", "surface", "surface_resamples", "surface_predictions")
 
 
@@ -44,6 +44,7 @@ class SurfaceLaw:
 
     @property
     def rows(self) -> int:
+        """1 + R: the fit and its resamples."""
         return len(self.params)
 
     def log_factor(self, context_length: float) -> Array:
@@ -247,18 +248,15 @@ def _params(row: Mapping[str, Any]) -> Array:
 
 def _minima(isoflop: pd.DataFrame, resamples: pd.DataFrame, seed: int) -> dict[tuple[str, int], dict[Any, Array]]:
     """(arch, context) -> budget -> (1 + R, 3): N*, D*, L* and their resamples."""
-    keys = ["arch", "context_length", "isoflop_tag", "variable"]
-    draws = {
-        key: group.sort_values("resample")[["x_opt", "loss_opt"]].to_numpy() for key, group in resamples.groupby(keys)
-    }
+    draws = minima_draws(resamples)
     found: dict[tuple[str, int], dict[Any, Array]] = {}
-    for (arch, context, tag), group in isoflop[isoflop["status"] == "ok"].groupby(keys[:3]):
+    for (arch, context, tag), group in isoflop[isoflop["status"] == "ok"].groupby(_CELL):
         cells = group.set_index("variable")
         if not {"num_params", "num_tokens"} <= set(cells.index):
             continue
         columns = []
         for variable in ("num_params", "num_tokens"):
-            drawn = refill(draws[arch, context, tag, variable], cell_generator(seed, "refill", arch, context, tag))
+            drawn = refilled_draws(draws, seed, arch, context, tag, variable)
             columns.append(np.vstack([cells.loc[variable, ["x_opt", "loss_opt"]].to_numpy(dtype=np.float64), drawn]))
         sizes, tokens = columns
         found.setdefault((str(arch), int(context)), {})[tag] = np.column_stack([sizes[:, 0], tokens[:, 0], sizes[:, 1]])

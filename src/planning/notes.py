@@ -28,13 +28,18 @@ def notes_of(asked: Question, laws: Laws, runtime: Runtime | None, answers: Mapp
                 f"{arch}: context {asked.context_length:,} lies between those measured; its factor is interpolated"
             )
         if math.isfinite(law.forecast_error):
-            notes.append(
-                f"{arch}: fitted without its largest budget, such a surface missed the losses there by "
-                f"{law.forecast_error:.1%} in the mean; intervals hold the form of the law for true"
-            )
+            notes.append(forecast_note(arch, law.forecast_error))
     for arch, answer in answers.items():
         notes += _slack(arch, answer, asked, runtime)
     return notes
+
+
+def forecast_note(name: str, error: float) -> str:
+    """A sentence on how far a surface was off on a budget it had not seen; ``error``: mean relative error of losses."""
+    return (
+        f"{name}: fitted without its largest budget, such a surface missed the losses there by {error:.1%} in the "
+        "mean; intervals hold the form of the law for true"
+    )
 
 
 def _slack(arch: str, answer: Mapping[str, Any], asked: Question, runtime: Runtime | None) -> list[str]:

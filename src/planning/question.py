@@ -68,6 +68,7 @@ class Question:
 
     @property
     def load(self) -> Load:
+        """What is served side by side; the prompt fills the context unless it is given."""
         return Load(self.prefill_length or self.context_length, self.generate_length, self.batch_size)
 
     @property

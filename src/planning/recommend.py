@@ -33,6 +33,7 @@ from xlstm_scaling.planning.question import Question
 from xlstm_scaling.planning.runtime import Runtime
 from xlstm_scaling.planning.shapes import buildable_shapes, family_of_runs
 from xlstm_scaling.planning.training import TrainingSetup, training_answer
+from xlstm_scaling.study.files import finite
 
 Array = NDArray[np.float64]
 #: sizes that are searched: from the least fitted over this, to the largest fitted times that, and no further
@@ -358,14 +359,3 @@ def _limits(
     ratio = float(mine.allocation.total_flops[0, mine.best]) / enough
     excess = loss - float(other.allocation.loss[0, other.free])
     return result | {"cost": {"best_without": without, "loss": excess, "flops_ratio": ratio}}
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None instead; numpy's numbers become Python's."""
-    if isinstance(value, Mapping):
-        return {str(name): finite(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

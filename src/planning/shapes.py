@@ -45,6 +45,7 @@ class ShapeFamily:
     options: Mapping[str, int] = field(default_factory=dict)
 
     def usual_blocks(self, embedding_dim: int) -> float:
+        """Depth that goes with a width, not rounded."""
         widths = np.array(sorted(self.depths), dtype=np.float64)
         blocks = np.array([self.depths[int(width)] for width in widths])
         inside = float(np.clip(embedding_dim, widths[0], widths[-1]))
@@ -52,6 +53,7 @@ class ShapeFamily:
         return usual * embedding_dim / inside  # beyond the runs: the same width per block
 
     def num_heads(self, embedding_dim: int) -> int:
+        """Heads that go with a width: as in the runs, else by the preferred head dims."""
         if embedding_dim in self.heads:
             return self.heads[embedding_dim]
         counts = set(self.heads.values())
@@ -65,6 +67,7 @@ class ShapeFamily:
         return next((embedding_dim // dim for dim in options if embedding_dim % dim == 0), 1)
 
     def shape(self, embedding_dim: int, num_blocks: int) -> ModelShape:
+        """A model of the family. Raises ValueError where its heads do not divide the width."""
         heads = self.num_heads(embedding_dim)
         return make_shape(self.arch, embedding_dim, num_blocks, heads, self.vocab_size, self.chunk_size, **self.options)
 

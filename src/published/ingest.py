@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,13 +11,15 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from xlstm_scaling.accounting import count_params, training_flops
-from xlstm_scaling.accounting.shapes import ModelShape
+from xlstm_scaling.accounting import training_flops
+from xlstm_scaling.published.checks import check_accounting, shape_of_run
+from xlstm_scaling.published.errors import IngestError
 from xlstm_scaling.published.logs import read_log
-from xlstm_scaling.published.reader import PickleError, read_regular_file
+from xlstm_scaling.published.merge import SAME_RUN, merge_tables
+from xlstm_scaling.published.pickle_objects import PickleError
+from xlstm_scaling.published.reader import read_regular_file
 from xlstm_scaling.published.selection import add_labels, select
 from xlstm_scaling.published.tables import (
-    SHAPE,
     MappingError,
     TableMapping,
     choose_mapping,
@@ -32,14 +33,6 @@ from xlstm_scaling.study.config import conf_dir
 from xlstm_scaling.study.runs import CURVE_KEYS, CURVE_VALUES, validate_runs
 
 LOG_SUFFIXES, TABLE_SUFFIXES = (".pkl", ".pickle"), (".csv", ".parquet")
-#: two losses of one run may differ by as much, beside what a table says of its error [nat/token]
-LOSS_TOLERANCE = 1e-9
-#: a run is another one where any of these differs
-SAME_RUN = ["arch", "context_length", "num_params", "num_tokens", "global_batch_size_sequences"]
-
-
-class IngestError(ValueError):
-    """Published files that give no table of runs; the message says which and what to do."""
 
 
 @dataclass
@@ -146,7 +139,7 @@ def ingest(
     if not tables:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "the folders are empty"
         raise IngestError(f"no published runs in {', '.join(map(str, paths))}: {reasons}")
-    runs, duplicates, conflicts = _joined(tables)
+    runs, duplicates, conflicts = merge_tables(tables)
     for source, count in zip(sources, duplicates, strict=True):
         source.num_duplicates = count
     papers = runs["dataset"].isin([_dataset(name) for name in upstream.logs])
@@ -235,71 +228,6 @@ def _read_table_file(
     return Source(path.name, "table", blob, None, len(table), ignored_columns=ignored), table.assign(provenance=origin)
 
 
-def _joined(tables: list[pd.DataFrame]) -> tuple[pd.DataFrame, list[int], list[str]]:
-    """All rows, each run once; how many rows of each table were dropped; runs whose sources disagree."""
-    columns = list(schema_columns())
-    frames = [table.reindex(columns=columns).assign(order=place) for place, table in enumerate(tables)]
-    frames = [frame.astype(object).where(frame.notna(), None) for frame in frames]
-    table = pd.concat(frames, ignore_index=True)
-    rows: list[dict[str, Any] | None] = table.to_dict("records")
-    duplicates = [0] * len(tables)
-    conflicts: list[str] = []
-    by_id: dict[str, int] = {}
-    by_size: dict[tuple, list[int]] = {}
-    for place, row in enumerate(rows):
-        size = tuple(row[column] for column in SAME_RUN) if row["num_params"] and row["num_tokens"] else None
-        twin = by_id.get(row["run_id"]) if row["run_id"] else None
-        if twin is None and size is not None:
-            twin = next((other for other in by_size.get(size, ()) if _same_loss(rows[other], row)), None)
-        elif twin is not None and (text := _disagreement(rows[twin], row)):
-            conflicts.append(text)
-        if twin is None:
-            if row["run_id"]:
-                by_id[row["run_id"]] = place
-            if size is not None:
-                by_size.setdefault(size, []).append(place)
-            continue
-        _absorb(rows[twin], row)
-        duplicates[row["order"]] += 1
-        rows[place] = None
-    kept = pd.DataFrame([row for row in rows if row is not None], columns=[*columns, "order"])
-    return kept.drop(columns="order"), duplicates, conflicts
-
-
-def _same_loss(one: dict, other: dict) -> bool:
-    """Whether two rows of equal size are one run: equal losses, and within a source equal recipes and names too."""
-    if one["val_loss"] is None or other["val_loss"] is None:
-        return False
-    if one["order"] == other["order"]:
-        same = ("val_loss", "train_loss", "name", "learning_rate", "num_train_steps", "experiment_set")
-        return all(one[key] == other[key] for key in same)
-    allowed = LOSS_TOLERANCE + (one["val_loss_abs_err"] or 0.0) + (other["val_loss_abs_err"] or 0.0)
-    return abs(one["val_loss"] - other["val_loss"]) <= allowed
-
-
-def _disagreement(one: dict, other: dict) -> str | None:
-    """A sentence where two rows of one run id differ in loss; IngestError where they cannot be the same run."""
-    where = f"{one['provenance']} and {other['provenance']}"
-    wrong = [c for c in SAME_RUN if None not in (one[c], other[c]) and one[c] != other[c]]
-    if wrong:
-        pairs = ", ".join(f"{c} {one[c]} and {other[c]}" for c in wrong)
-        raise IngestError(
-            f"run id {one['run_id']} stands for two runs, of {pairs}, in {where}: give them ids of their own"
-        )
-    if None in (one["val_loss"], other["val_loss"]) or _same_loss({**one, "order": -1}, other):
-        return None
-    return f"run {one['run_id']}: val_loss {one['val_loss']} and {other['val_loss']} in {where}; the first is kept"
-
-
-def _absorb(kept: dict, other: dict) -> None:
-    """Add to a run what only its duplicate says. Within one file a duplicate counts the run once more."""
-    counts = [int(row["notebook_multiplicity"] or 1) for row in (kept, other)]
-    kept["notebook_multiplicity"] = sum(counts) if kept["order"] == other["order"] else max(counts)
-    for column, value in other.items():
-        if kept[column] is None and column not in ("detail", "tag"):
-            kept[column] = value
-
-
 def _finished(runs: pd.DataFrame, papers: pd.Series, diverged_above: float) -> pd.DataFrame:
     """Every column of the schema with its type, run ids, FLOPs; labels and selection of the paper's runs (a mask)."""
     types = {name: _dtype(entry["dtype"]) for name, entry in schema_columns().items()}
@@ -310,7 +238,7 @@ def _finished(runs: pd.DataFrame, papers: pd.Series, diverged_above: float) -> p
     uncounted = runs["num_flops"].isna()
     runs.loc[~uncounted & runs["flops_convention"].isna(), "flops_convention"] = "as published"
     for place in runs.index[uncounted]:
-        shape, row = _shape(runs.loc[place]), runs.loc[place]
+        shape, row = shape_of_run(runs.loc[place]), runs.loc[place]
         sizes = row[["num_params", "num_tokens"]]
         if sizes.isna().any():
             continue
@@ -332,38 +260,6 @@ def _finished(runs: pd.DataFrame, papers: pd.Series, diverged_above: float) -> p
     runs["selected"] = chosen["selected"].where(papers, runs["status"] == "ok").astype("boolean")
     runs["exclusion"] = chosen["exclusion"].where(papers, None).astype("str")
     return runs
-
-
-def check_accounting(runs: pd.DataFrame) -> list[str]:
-    """Sentences on runs whose N or FLOPs (convention paper) are not those of their shape.
-
-    Runs without a shape are passed over. N must agree exactly, FLOPs to a relative 1e-12; FLOPs counted otherwise
-    (`flops_convention`) are not compared.
-    """
-    wrong = []
-    for _, row in runs.iterrows():
-        if (shape := _shape(row)) is None or pd.isna(row["num_params"]):
-            continue
-        counted = count_params(shape)
-        if counted != row["num_params"]:
-            wrong.append(f"{row['run_id']}: N = {int(row['num_params']):,}, its shape has {counted:,}")
-        recipe = row[["global_batch_size_sequences", "num_train_steps", "num_flops"]]
-        if recipe.isna().any() or row["flops_convention"] not in ("paper", "as published"):
-            continue
-        flops = training_flops(shape, int(row["context_length"]), int(recipe.iloc[0]), int(recipe.iloc[1]))
-        if not math.isclose(flops, float(recipe.iloc[2]), rel_tol=1e-12):
-            wrong.append(f"{row['run_id']}: {recipe.iloc[2]:.6g} FLOPs, its shape and recipe have {flops:.6g}")
-    return wrong
-
-
-def _shape(row: pd.Series) -> ModelShape | None:
-    values = {name: row[name] for name in SHAPE}
-    if any(pd.isna(value) for name, value in values.items() if name != "chunk_size"):
-        return None
-    if values["arch"] == "xlstm" and pd.isna(values["chunk_size"]):
-        return None
-    numbers = {name: None if pd.isna(value) else int(value) for name, value in values.items() if name != "arch"}
-    return ModelShape(arch=values["arch"], **numbers)
 
 
 def _run_id(row: pd.Series) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from xlstm_scaling.accounting import ModelShape, count_params, make_shape, training_flops
-from xlstm_scaling.published.reader import LoggedRun, PickleError, loads_pickle
+from xlstm_scaling.published.pickle_objects import LoggedRun, PickleError
+from xlstm_scaling.published.reader import loads_pickle
 from xlstm_scaling.study.runs import CURVE_KEYS, CURVE_VALUES
 
 MODEL = "model.model_config."

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from xlstm_scaling.published.logs import LogSettings
-from xlstm_scaling.published.reader import MAX_BYTES, read_regular_file
+from xlstm_scaling.published.pickle_objects import MAX_BYTES
+from xlstm_scaling.published.reader import read_regular_file
 from xlstm_scaling.study.config import ConfigError, conf_dir
 from xlstm_scaling.study.files import atomic_write
 

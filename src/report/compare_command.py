@@ -10,6 +10,7 @@ DESCRIPTION = "two or more studies side by side: which exponents and rankings of
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``xlstm-scaling compare``."""
     parser.add_argument(
         "studies", nargs="+", type=Path, metavar="STUDY",
         help="results folders of studies, e.g. results/laptop; the first is the reference",

@@ -21,7 +21,8 @@ COLUMNS = (
     *("quantity", "arch", "study", "context_length", "value", "lo", "hi", "num_points"),
     *("difference", "difference_lo", "difference_hi", "verdict", "ranking", "source"),
 )
-SYMBOLS = {"num_params": "N*", "num_tokens": "D*", "loss": "the least loss"}
+#: variables of the power laws in sentences
+VARIABLES = {"num_params": "N*", "num_tokens": "D*", "loss": "the least loss"}
 #: what a value is compared with where it ranks the architectures: no difference, equal FLOPs
 NEUTRAL = {"exponent": 0.0, "ratio": 1.0}
 VERDICTS = {
@@ -59,7 +60,7 @@ def _laws(tables: Tables) -> Iterator[dict[str, Any]]:
         tags = pd.to_numeric(rows[key], errors="coerce")
         rows = rows[tags == most_points(rows.assign(**{key: tags}), key)]
         for row in rows.to_dict("records"):
-            quantity = f"exponent of {SYMBOLS[row['variable']]} in {symbol}"
+            quantity = f"exponent of {VARIABLES[row['variable']]} in {symbol}"
             yield _value(quantity, row["arch"], pd.Series(row), "exponent", row["num_points"], "fits/power_laws")
 
 

@@ -17,11 +17,11 @@ import pandas as pd
 from xlstm_scaling.accounting import label, ordered
 from xlstm_scaling.fitting.runtime_versions import doubling_growth, is_steady
 from xlstm_scaling.report.choice import choice_findings
+from xlstm_scaling.report.comparison import VARIABLES
 from xlstm_scaling.study.files import write_table, write_text_atomic
 
 QUANTITIES = {"ttft": "time to first token", "step_time": "step time"}
 QUANTITIES["ttft_raw"] = f"{QUANTITIES['ttft']}, in the second version of its times,"
-VARIABLES = {"num_params": "N*", "num_tokens": "D*", "loss": "the least loss"}
 #: smallest training budget of the paper's IsoFLOP sets [FLOPs] (arXiv 2510.02228)
 PAPER_SMALLEST_BUDGET = 6e18
 
@@ -165,17 +165,22 @@ def _surface(surface: pd.DataFrame) -> Iterator[Finding]:
         yield "model form", text, float(rows.exponent_params.median()), low, high, "fits/surface"
 
 
-def _inference(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Finding]:
+def step_time_growth(measurements: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series, float]]:
+    """Of each architecture's largest model at the smallest batch: the rows of the shortest and the longest prompt, and
+    the step time after this over that after the other."""
     ok = measurements[(measurements.status == "ok") & (measurements.batch_size == measurements.batch_size.min())]
-    for arch, rows in ok.groupby("arch", sort=False):
+    for _, rows in ok.groupby("arch", sort=False):
         largest = rows[rows.num_params == rows.num_params.max()].sort_values("prefill_length")
-        if len(largest) < 2:
-            continue
-        first, last = largest.iloc[0], largest.iloc[-1]
-        growth = last.step_time_s / first.step_time_s
+        if len(largest) > 1:
+            first, last = largest.iloc[0], largest.iloc[-1]
+            yield first, last, float(last.step_time_s / first.step_time_s)
+
+
+def _inference(measurements: pd.DataFrame, models: pd.DataFrame) -> Iterator[Finding]:
+    for first, last, growth in step_time_growth(measurements):
         text = (
-            f"{label(arch)}, {first.num_params:.2g} parameters: the step time after {last.prefill_length:,} tokens is "
-            f"{growth:.2f} times that after {first.prefill_length:,} ({1e3 * first.step_time_s:.2f} ms)."
+            f"{label(first.arch)}, {first.num_params:.2g} parameters: the step time after {last.prefill_length:,} "
+            f"tokens is {growth:.2f} times that after {first.prefill_length:,} ({1e3 * first.step_time_s:.2f} ms)."
         )
         yield "inference", text, growth, math.nan, math.nan, "inference/measurements"
     for row in models.itertuples():

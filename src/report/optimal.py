@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from xlstm_scaling.fitting.power_law import minima_lines
+from xlstm_scaling.fitting.power_law import flops_bounds, minima_lines
 from xlstm_scaling.fitting.resampling import percentile_interval
 
 #: sizes that the table is made for [parameters]
@@ -33,10 +33,7 @@ def optimal_table(
         One row an architecture, context and size. N*(H) is inverted and put into D*(H), resample by resample, which
         gives the intervals. ``beyond_budgets`` is H over the largest budget with a minimum: above 1 it is extrapolated.
     """
-    low, high = (
-        end if end is not None else bound for end, bound in zip(config["power_law"]["flops_range"], (0, np.inf))
-    )
-    cells = isoflop[(isoflop["status"] == "ok") & isoflop["flops_mean"].between(float(low), float(high))]
+    cells = isoflop[(isoflop["status"] == "ok") & isoflop["flops_mean"].between(*flops_bounds(config))]
     rows: list[dict[str, Any]] = []
     for (arch, context), lines in sorted(
         minima_lines(isoflop, resamples, config, ("num_params", "num_tokens")).items()
@@ -48,7 +45,8 @@ def optimal_table(
         for size in sizes:
             log_flops = (np.log10(size) - lines["num_params"][:, 0]) / lines["num_params"][:, 1]
             log_tokens = lines["num_tokens"][:, 0] + lines["num_tokens"][:, 1] * log_flops
-            flops, tokens = 10.0**log_flops, 10.0**log_tokens
+            with np.errstate(over="ignore"):  # a resample that is nearly flat: inf is left out of the interval
+                flops, tokens = 10.0**log_flops, 10.0**log_tokens
             flops_ends, tokens_ends = (percentile_interval(v[1:], config["confidence"]) for v in (flops, tokens))
             rows.append(
                 {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xlstm_scaling.study.files import read_json
 from xlstm_scaling.study.locks import FolderLock, lock_state
-from xlstm_scaling.study.plan import BEHAVIOUR_VERSION, spec_of
+from xlstm_scaling.study.run_spec import BEHAVIOUR_VERSION, spec_of
 
 #: a temporary file of a folder without locks is somebody's until it is this old [s]
 TEMPORARY_AGE_S = 86400.0

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 @functools.cache
 def code_version() -> dict[str, str | bool | None]:
     """``version``, ``commit`` (None outside a git checkout), ``changed`` (files of the package differ from the commit),
-    ``digest`` (of all Python and C++ files of the package, whatever git says)."""
+    ``digest`` (of all Python and C++ files of the package, headers too, whatever git says)."""
     commit = _git("rev-parse", "HEAD")
     changed = None if commit is None else bool(_git("status", "--porcelain", "--", "."))
     return {"version": __version__, "commit": commit, "changed": changed, "digest": source_digest()}
@@ -24,7 +24,7 @@ def code_version() -> dict[str, str | bool | None]:
 def source_digest() -> str:
     """16 hexadecimal digits of sha256 over names and contents of the package's sources."""
     whole = hashlib.sha256()
-    for path in sorted(path for kind in ("*.py", "*.cpp", "*.h") for path in PACKAGE.rglob(kind)):
+    for path in sorted(path for kind in ("*.py", "*.cpp", "*.hpp") for path in PACKAGE.rglob(kind)):
         content = path.read_bytes()
         whole.update(f"{path.relative_to(PACKAGE).as_posix()}\0{len(content)}\0".encode() + content)
     return whole.hexdigest()[:16]

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from xlstm_scaling.study.plan import PlanError, Planner, RunSpec
+from xlstm_scaling.study.plan import PlanError, Planner
+from xlstm_scaling.study.run_spec import RunSpec
 
 #: sizes that are taken where the study names none, spread over those of a cell
 NUM_SIZES = 3

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -19,19 +19,12 @@ from xlstm_scaling.accounting import count_flops, make_shape, prefill_flops, ste
 from xlstm_scaling.accounting.hardware import ASSUMED_UTILISATION, Device, find_device
 from xlstm_scaling.accounting.memory import plan_memory
 from xlstm_scaling.evaluation.selection import evaluated_runs
+from xlstm_scaling.study.amounts import duration_text
 from xlstm_scaling.study.config import ConfigError, to_dict
-from xlstm_scaling.study.files import read_json
-from xlstm_scaling.study.plan import (
-    RunSpec,
-    TrunkSpec,
-    benchmarked_runs,
-    find_trunks,
-    model_vocab_size,
-    num_heads,
-    plan_runs,
-    spec_of,
-)
+from xlstm_scaling.study.files import finite, read_json
+from xlstm_scaling.study.plan import benchmarked_runs, model_vocab_size, num_heads, plan_runs
 from xlstm_scaling.study.resources import Speed, expected_speed
+from xlstm_scaling.study.run_spec import RunSpec, TrunkSpec, find_trunks, spec_of
 
 #: text that one core tokenizes, reading and merging included (benchmarks/tokens.py, docs/data.md) [bytes/s]
 TOKENIZE_BYTES_PER_S = 4e6
@@ -74,13 +67,6 @@ class Job:
     def flops(self) -> float:
         return self.steps * self.spec.flops_per_step
 
-    @property
-    def validation_flops(self) -> float:
-        """Forward passes over the held-out tokens, at each evaluation and at the end."""
-        rule = self.spec.validation
-        forward = count_flops(self.spec.model_shape, self.spec.context_length).forward / self.spec.context_length
-        return rule["max_tokens"] * rule["evaluations"] * forward
-
 
 @dataclass
 class Row:
@@ -116,7 +102,7 @@ class Cost:
 
     def as_dict(self) -> dict:
         """For JSON; unknown numbers are null."""
-        return _without_nan(asdict(self))
+        return finite(asdict(self))
 
 
 def training_jobs(runs: Sequence[RunSpec], trunks: Sequence[TrunkSpec]) -> list[Job]:
@@ -164,14 +150,12 @@ def device_speeds(runs_folder: Path, device: Device | None, kind: str) -> list[S
         result, plan = read_json(path), path.with_name("spec.json")
         name = find_device(result.get("device_name") or "")
         same = result.get("device") == kind if device is None else name == device
-        tokens_per_s = result.get("tokens_per_s") or math.nan
-        if not (same and plan.is_file() and math.isfinite(tokens_per_s)):
+        if not (same and plan.is_file()):
             continue
         spec = spec_of(read_json(plan))
-        if spec is None:  # its speed is another code's
-            continue
-        per_token = spec.flops_per_step / spec.batch_sequences / spec.context_length
-        speeds.append(Speed(spec.arch, spec.num_params, tokens_per_s * per_token / result.get("devices", 1)))
+        speed = Speed.of(spec, result) if spec is not None else None  # else its speed is another code's
+        if speed is not None:
+            speeds.append(replace(speed, flops_per_s=speed.flops_per_s / result.get("devices", 1)))
     return speeds
 
 
@@ -243,7 +227,7 @@ class _Estimate:
         """A row a set and one of all validation; the longest run; what checkpoints take at the most."""
         jobs = training_jobs(self.runs, self.trunks)
         device_s = {job.name: job.flops / self.device_flops_per_s(job.spec) for job in jobs}
-        checks_s = {job.name: job.validation_flops / self.device_flops_per_s(job.spec) for job in jobs}
+        checks_s = {job.name: job.spec.validation_flops / self.device_flops_per_s(job.spec) for job in jobs}
         after = {job.name: job.after for job in jobs}
         rows = []
         for name in dict.fromkeys(job.experiment_set for job in jobs):
@@ -263,7 +247,7 @@ class _Estimate:
                     storage_bytes=self._kept_bytes(name),
                 )
             )
-        flops = sum(job.validation_flops for job in jobs)
+        flops = sum(job.spec.validation_flops for job in jobs)
         validation = self.row("train", sum(checks_s.values()), experiment_set="validation", flops=flops)
         both = {name: (device_s[name] + checks_s[name]) / self.per_run for name in device_s}
         self.train_wall_s = makespan_s(both, after, self.slots)
@@ -297,9 +281,10 @@ class _Estimate:
         best = min(walls.values())
         chosen = next(d for d, wall in walls.items() if wall <= 1.05 * best)
         self.warnings.append(
-            f"the longest run decides when all is done: {days(longest_s)} on {self.per_run} device(s), and all runs "
-            f"together {days(even)} on {self.rates.count}. With {chosen} devices a run (hardware.devices_per_run x "
-            f"nodes_per_run), training would take {days(walls[chosen])}, if they scale"
+            f"the longest run decides when all is done: {duration_text(longest_s)} on {self.per_run} device(s), and "
+            f"all runs together {duration_text(even)} on {self.rates.count}. With {chosen} devices a run "
+            "(hardware.devices_per_run x nodes_per_run), training would take "
+            f"{duration_text(walls[chosen])}, if they scale"
         )
 
     def _wall_with(self, devices: int, device_s: Mapping[str, float], after: Mapping[str, str | None]) -> float:
@@ -351,7 +336,8 @@ class _Estimate:
         shapes = [(run.model_shape, run) for run in benchmarked_runs(self.config, self.runs)]
         vocab = model_vocab_size(self.config)
         by_arch = {run.arch: run for run in self.runs}
-        for size in (settings["untrained"] or {}).values():
+        sizes = [size for size in (settings["untrained"] or {}).values() if size is not None]  # None: left out
+        for size in sizes:
             for arch in study.architectures:
                 heads = num_heads(study, arch, size["embedding_dim"], size["num_heads"])
                 options = study.shape_options.get(arch, {})
@@ -404,19 +390,3 @@ class _Estimate:
 def study_cost(config: DictConfig, results: Path, rates: Rates) -> Cost:
     """The cost of a whole study, what has finished included. ConfigError where a run takes more devices than that."""
     return _Estimate(config, results, rates).all()
-
-
-def days(seconds: float) -> str:
-    """A time for people."""
-    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def _without_nan(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

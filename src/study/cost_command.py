@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xlstm_scaling.accounting.hardware import ASSUMED_UTILISATION, DEVICES, find_device
+from xlstm_scaling.study.amounts import duration_text, size_text
 
 if TYPE_CHECKING:  # pandas would be imported for every command
     from xlstm_scaling.study.cost import Cost, Row
@@ -68,8 +69,6 @@ def run_cost(args: argparse.Namespace) -> int:
 
 def table_lines(cost: Cost) -> list[str]:
     """The table, and what it rests on."""
-    from xlstm_scaling.study.cost import days
-
     priced = any(row.price and math.isfinite(row.price) for row in cost.rows)
     columns = ["stage", "set", "runs", "FLOPs", "device hours", "core hours", "wall time", "storage", "energy"]
     columns += ["price"] if priced else []
@@ -78,8 +77,9 @@ def table_lines(cost: Cost) -> list[str]:
     lines = [_line(row, widths) for row in rows]
     lines.insert(-1, "-" * len(lines[0]))
     longest = cost.longest_run
-    lines += ["", f"longest run: {longest['run']}, {days(longest['time_s'])} on {longest['devices']} device(s)"]
-    lines.append(f"checkpoints of runs at work: up to {_size(cost.peak_checkpoint_bytes)} more")
+    took = duration_text(longest["time_s"])
+    lines += ["", f"longest run: {longest['run']}, {took} on {longest['devices']} device(s)"]
+    lines.append(f"checkpoints of runs at work: up to {size_text(cost.peak_checkpoint_bytes)} more")
     if cost.finished_runs:
         lines.append(f"{cost.finished_runs} of {cost.total.runs} runs have finished here; they are counted")
     lines += [f"warning: {text}" for text in cost.warnings]
@@ -87,11 +87,9 @@ def table_lines(cost: Cost) -> list[str]:
 
 
 def _cells(row: Row, priced: bool) -> list[str]:
-    from xlstm_scaling.study.cost import days
-
     cells = [row.stage, row.experiment_set, str(row.runs or ""), f"{row.flops:.3g}" if row.flops else ""]
     cells += [f"{hours:,.3g}" if hours < 100 else f"{hours:,.0f}" for hours in (row.device_hours, row.core_hours)]
-    cells += [days(row.wall_time_s), _size(row.storage_bytes)]
+    cells += [duration_text(row.wall_time_s), size_text(row.storage_bytes)]
     cells.append(f"{row.energy_j / 3.6e6:,.4g} kWh" if math.isfinite(row.energy_j) else "? (--power-w)")
     return cells + ([f"{row.price:,.2f}"] if priced else [])
 
@@ -99,10 +97,3 @@ def _cells(row: Row, priced: bool) -> list[str]:
 def _line(cells: list[str], widths: list[int]) -> str:
     left = [cell.ljust(width) for cell, width in zip(cells[:2], widths)]
     return "  ".join(left + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:])]).rstrip()
-
-
-def _size(num_bytes: float) -> str:
-    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.3g} {unit}"
-    return f"{num_bytes / 1e3:,.3g} kB" if num_bytes else ""

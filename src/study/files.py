@@ -6,13 +6,15 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pandas as pd
 
 
@@ -78,6 +80,17 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=True) + "\n"
 
 
+def finite(value: Any) -> Any:
+    """The value as strict JSON holds it: None for NaN and infinity, numbers of numpy as Python's, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json_text(value))
 
@@ -90,12 +103,36 @@ def write_table(table: pd.DataFrame, stem: Path) -> None:
         table.to_parquet(stream, index=False)
 
 
+def read_table(path: Path) -> pd.DataFrame:
+    """The table of a .parquet or .csv file.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: another ending, or a file that cannot be read; both name it.
+    """
+    readers = {".parquet": pd.read_parquet, ".csv": functools.partial(pd.read_csv, low_memory=False)}
+    path = Path(path)
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: a table ends in .parquet or .csv")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return readers[path.suffix](path)
+    except Exception as error:  # every reader has its own
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+
+
 def read_json(path: Path) -> Any:
     """JSON of a file; FileNotFoundError or ValueError name the file."""
     try:
         return json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:

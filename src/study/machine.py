@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
+#: folder of what this user's machine keeps between studies; by default ~/.cache/xlstm-scaling
+CACHE_VARIABLE = "XLSTM_SCALING_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where compiled C++ kernels and composed configurations are kept."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "xlstm-scaling"
 
 
 @functools.cache

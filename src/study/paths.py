@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from xlstm_scaling.corpus.build import tokens_id
+from xlstm_scaling.corpus.identity import tokens_id
 from xlstm_scaling.study.config import is_published, to_dict
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
@@ -14,152 +13,16 @@ from omegaconf.errors import MissingMandatoryValue
 
 from xlstm_scaling.accounting import ARCHITECTURES, ModelShape, architecture, count_flops, count_params, make_shape
 from xlstm_scaling.accounting.shapes import OPTIONAL_DIMENSIONS
-from xlstm_scaling.corpus.build import tokens_id, tokens_spec
-from xlstm_scaling.study.config import (
-    ConfigError,
-    IsoflopCell,
-    SizeConfig,
-    StudyConfig,
-    TokenParamCell,
-    TrainingConfig,
-    to_dict,
-)
-from xlstm_scaling.study.files import digest
+from xlstm_scaling.corpus.identity import tokens_id, tokens_spec
+from xlstm_scaling.study.config import ConfigError, to_dict
+from xlstm_scaling.study.files import read_json, write_json_atomic
 from xlstm_scaling.study.machine import resolve_compute_dtype
-
-#: raised whenever a change of the training code changes losses; part of every run's identity
-BEHAVIOUR_VERSION = 4
+from xlstm_scaling.study.run_spec import RunSpec, find_trunks, spec_of
+from xlstm_scaling.study.schemas import IsoflopCell, SizeConfig, StudyConfig, TokenParamCell, TrainingConfig
 
 
 class PlanError(ConfigError):
     """A study that cannot be run or fitted; the message says why and what to change."""
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """All that determines a run's loss (``identity``), where it belongs in the study, and what it will cost."""
-
-    shape: dict
-    context_length: int
-    batch_sequences: int
-    num_train_steps: int
-    learning_rate: float
-    warmup_steps: int
-    cooldown_steps: int
-    final_fraction: float
-    optimizer: dict
-    validation: dict
-    model_options: dict
-    seed: int
-    compute_dtype: str
-    decay: str
-    guard: dict
-    tokens: dict
-    tokens_id: str
-    # where the run belongs
-    experiment_set: str = "other"
-    isoflop_tag: float | None = None
-    ratio_tag: float | None = None
-    size: str | None = None
-
-    @property
-    def arch(self) -> str:
-        return self.shape["arch"]
-
-    @cached_property
-    def model_shape(self) -> ModelShape:
-        return ModelShape(**self.shape)
-
-    @cached_property
-    def num_params(self) -> int:
-        return count_params(self.model_shape)
-
-    @property
-    def num_tokens(self) -> int:
-        """D: every token that the run trains on, repeats counted."""
-        return self.batch_sequences * self.context_length * self.num_train_steps
-
-    @cached_property
-    def flops_per_step(self) -> float:
-        return count_flops(self.model_shape, self.context_length).forward_backward * self.batch_sequences
-
-    @property
-    def num_flops(self) -> float:
-        return self.flops_per_step * self.num_train_steps
-
-    def identity(self) -> dict:
-        """What determines the loss, and nothing else: no path, host, device, batch split or place in a study."""
-        place = ("experiment_set", "isoflop_tag", "ratio_tag", "size", "tokens_id")
-        spec = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in place}
-        spec["behaviour_version"] = BEHAVIOUR_VERSION
-        return spec
-
-    @cached_property
-    def run_id(self) -> str:
-        """A readable name and the digest of ``identity``: the run's folder."""
-        return f"{self._name}-n{self.batch_sequences}x{self.num_train_steps}-{digest(self.identity())[:10]}"
-
-    @property
-    def _name(self) -> str:
-        return f"{self.arch}-d{self.shape['embedding_dim']}b{self.shape['num_blocks']}-c{self.context_length}"
-
-    @property
-    def branch_step(self) -> int:
-        """Updates before the cool-down: where the run leaves its trunk."""
-        return self.num_train_steps - self.cooldown_steps
-
-    def trunk_identity(self) -> dict | None:
-        """What determines the updates before the cool-down, where they do not depend on when that comes, else None."""
-        if self.decay != "constant":
-            return None
-        identity = self.identity()
-        for key in ("num_train_steps", "cooldown_steps", "final_fraction"):
-            del identity[key]
-        return identity
-
-    @cached_property
-    def trunk_id(self) -> str | None:
-        """Runs with the same one share their updates before the shortest one's cool-down."""
-        identity = self.trunk_identity()
-        return None if identity is None else f"{self._name}-n{self.batch_sequences}-{digest(identity)[:10]}"
-
-
-def spec_of(content: dict) -> RunSpec | None:
-    """The run that a plan or ``spec.json`` holds; None where it is of code with other settings."""
-    try:
-        return RunSpec(**content)
-    except TypeError:
-        return None
-
-
-@dataclass(frozen=True)
-class TrunkSpec:
-    """Runs that differ in length alone: trained once up to the last cool-down; each run branches off at its step."""
-
-    trunk_id: str
-    runs: tuple[RunSpec, ...]
-
-    @property
-    def steps(self) -> list[int]:
-        """Where runs branch off, in order."""
-        return sorted({run.branch_step for run in self.runs})
-
-    @property
-    def spec(self) -> RunSpec:
-        """The trunk as a run without a cool-down."""
-        return replace(self.runs[0], num_train_steps=self.steps[-1], cooldown_steps=0)
-
-    @property
-    def saved_flops(self) -> float:
-        """What the runs would cost beyond this, each on its own."""
-        return (sum(run.branch_step for run in self.runs) - self.steps[-1]) * self.runs[0].flops_per_step
-
-
-def find_trunks(runs: Iterable[RunSpec]) -> list[TrunkSpec]:
-    """The trunks that at least two of these runs share."""
-    sharing = sorted((run for run in runs if run.trunk_id), key=lambda run: (run.trunk_id, run.num_train_steps))
-    groups = ((name, tuple(group)) for name, group in groupby(sharing, key=lambda run: run.trunk_id))
-    return [TrunkSpec(name, group) for name, group in groups if len(group) > 1]
 
 
 def model_vocab_size(config: DictConfig) -> int:
@@ -480,6 +343,34 @@ def plan_warnings(table: pd.DataFrame, config: DictConfig) -> list[str]:
             f"{repeated.epochs.max():.1f}): repeated data is worth less (Muennighoff et al., 2023)"
         )
     return warnings
+
+
+def write_plan(path: Path, runs: Sequence[RunSpec], config: DictConfig, warnings: Sequence[str] = ()) -> None:
+    """A plan that runs can be trained from: ``plan.json``."""
+    write_json_atomic(
+        path,
+        {
+            "study": config.study.name,
+            "corpus": config.corpus.name,
+            "hardware": to_dict(config.hardware),
+            "warnings": list(warnings),
+            "runs": [asdict(run) for run in runs],
+        },
+    )
+
+
+def load_plan(path: Path) -> tuple[dict, list[RunSpec]]:
+    """``plan.json`` -> its content and its runs.
+
+    FileNotFoundError where there is none, PlanError where it is of code with other settings; both say what to run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no plan at {path}: run the stage `plan` first")
+    content = read_json(path)
+    specs = [spec_of(run) for run in content["runs"]]
+    if None in specs:
+        raise PlanError(f"{path} is a plan of other code than this: run the stage `plan` again")
+    return content, specs
 
 
 def benchmarked_runs(config: DictConfig, runs: Sequence[RunSpec]) -> list[RunSpec]:

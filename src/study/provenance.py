@@ -4,7 +4,6 @@ to its plan, its text, its kernels' certificate, the code that trained it and th
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ import pandas as pd
 from xlstm_scaling.figures.registry import FIGURES
 from xlstm_scaling.fitting.tables import COLUMNS
 from xlstm_scaling.study.code import describe_code
-from xlstm_scaling.study.files import digest, read_json
+from xlstm_scaling.study.files import digest, file_sha256, read_json
 from xlstm_scaling.study.paths import StudyPaths
-from xlstm_scaling.study.plan import spec_of
+from xlstm_scaling.study.run_spec import spec_of
 
 #: table -> the tables that it was made from; ``RUNS`` are the folders of runs themselves
 RUNS = "(runs)"
@@ -102,8 +101,7 @@ def _file(path: Path, name: str, stage: str) -> dict[str, Any]:
     found: dict[str, Any] = {"name": name, "stage": stage, "file": str(path)}
     if not path.is_file():
         return found | {"missing": True}
-    with path.open("rb") as stream:
-        found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    found["sha256"] = file_sha256(path)
     found["written"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(path.stat().st_mtime))
     settings = path.parent / "config.yaml"
     return found | ({"settings": str(settings)} if settings.is_file() else {})

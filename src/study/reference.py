@@ -1,11 +1,12 @@
 """The configuration reference (docs/configuration.md), written from ``conf/``, the typed schemas and their comments.
 
 A key's meaning is the comment on its line in a file of ``conf/<group>/`` (the group's default choice first), else the
-comment on its field in ``study/config.py``. A key without either is an error.
+comment on its field in ``study/schemas.py``. A key without either is an error.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
@@ -20,8 +21,10 @@ import yaml
 from omegaconf import MISSING
 
 from xlstm_scaling.corpus.settings import CorpusSettings, TokenizerSettings
-from xlstm_scaling.study import config as schemas
-from xlstm_scaling.study.config import GROUPS, SCHEMAS, ConfigError, conf_dir
+from xlstm_scaling.study import schemas
+from xlstm_scaling.study.config import GROUPS, ConfigError, conf_dir
+from xlstm_scaling.study.files import write_text_atomic
+from xlstm_scaling.study.schemas import SCHEMAS
 
 COMMENT = re.compile(r"\s#\s+(.*?)\s*$")
 #: longer values are left to the file
@@ -36,8 +39,10 @@ ENVIRONMENT = {
     "XLSTM_SCALING_CONF": "the folder `conf/`; default: the one beside the sources",
     "XLSTM_SCALING_PAPER": "the folder of the paper's published files (docs/published.md)",
     "XLSTM_SCALING_LOG": "level of the log: DEBUG (shows tracebacks of expected errors too), INFO, WARNING",
-    "XLSTM_SCALING_CACHE": "where compiled C++ kernels are kept; default: `~/.cache/xlstm-scaling`",
+    "XLSTM_SCALING_CACHE": "where compiled kernels and composed configurations lie; default: `~/.cache/xlstm-scaling`",
+    "XLSTM_SCALING_KEEP_CONFIGURATIONS": "0: compose every configuration anew",
     "XLSTM_SCALING_CPP": "0: without the C++ kernels for CPUs (docs/kernels.md)",
+    "XLSTM_SCALING_MATRIX_UNITS": "off: without the CPU's bf16 matrix units; emulated: in plain C++ (docs/kernels.md)",
     "XLSTM_SCALING_KERNEL_TABLES": "a folder of tuned sizes of the Triton kernels (docs/kernels.md)",
 }
 #: set and read by the workflow itself
@@ -254,7 +259,7 @@ def group_keys(group: str) -> list[Key]:
     if silent:
         raise ConfigError(
             f"no description of {', '.join(silent)}: write one as a comment on the key's line in conf/{group}/, "
-            "or on its field in src/study/config.py"
+            "or on its field in src/study/schemas.py"
         )
     return keys
 
@@ -281,7 +286,7 @@ def _group_section(group: str, default: str) -> list[str]:
 INTRODUCTION = """# Configuration
 
 <!-- written by `xlstm-scaling config-reference --out docs/configuration.md` from the comments in conf/ and
-src/study/config.py; edit those -->
+src/study/schemas.py; edit those -->
 
 Every setting of `conf/`. A study is one choice a group (`study=smoke`, `corpus=folder`) and overrides of single keys
 (`training.seed=1`), in [Hydra's syntax](https://hydra.cc/docs/advanced/override_grammar/basic/). An unknown key or a
@@ -355,3 +360,12 @@ def reference() -> str:
     rows = [[f"`{name}`", meaning] for name, meaning in ENVIRONMENT.items()]
     lines += ["## Environment variables", "", *_table(["variable", "meaning"], rows)]
     return "\n".join(lines) + "\n"
+
+
+def run_reference(args: argparse.Namespace) -> int:
+    """``xlstm-scaling config-reference``: print the reference, or write it."""
+    if args.out is None:
+        print(reference(), end="")
+    else:
+        write_text_atomic(args.out, reference())
+    return 0

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from xlstm_scaling.accounting import count_flops
 from xlstm_scaling.accounting.layout import Layout
 from xlstm_scaling.accounting.memory import training_memory
-from xlstm_scaling.study.config import HardwareConfig
 from xlstm_scaling.study.files import read_json
-from xlstm_scaling.study.plan import RunSpec, TrunkSpec
+from xlstm_scaling.study.run_spec import RunSpec, TrunkSpec
+from xlstm_scaling.study.schemas import HardwareConfig
 
 #: resident memory of a training process without its model: Python, torch, the device's context [bytes]
 PROCESS_BYTES = {"cpu": 0.6e9, "cuda": 6e9}
@@ -40,11 +39,19 @@ PACKS = {"runs_15s": 15.0, "runs_1min": 60.0, "runs_4min": 240.0, "runs_15min": 
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed that a finished run had."""
+    """The speed that a finished run had, on all its devices together."""
 
     arch: str
     num_params: int
     flops_per_s: float
+
+    @classmethod
+    def of(cls, spec: RunSpec, result: Mapping) -> Speed | None:
+        """By the ``result.json`` of a run; None where it holds no speed, as where it diverged at once."""
+        tokens_per_s = result.get("tokens_per_s") or math.nan
+        if not (math.isfinite(tokens_per_s) and tokens_per_s > 0):
+            return None
+        return cls(spec.arch, spec.num_params, tokens_per_s * spec.flops_per_token)
 
 
 def measured_speeds(specs: Iterable[RunSpec], runs_folder: Path, hardware: HardwareConfig) -> list[Speed]:
@@ -56,12 +63,9 @@ def measured_speeds(specs: Iterable[RunSpec], runs_folder: Path, hardware: Hardw
         if not path.is_file():
             continue
         result = read_json(path)
-        tokens_per_s = result.get("tokens_per_s") or math.nan
-        same = (result.get("device"), result.get("devices", 1)) == (hardware.device, devices)
-        if same and math.isfinite(tokens_per_s) and tokens_per_s > 0:
-            flops_per_token = spec.flops_per_step / spec.batch_sequences / spec.context_length
-            speeds.append(Speed(spec.arch, spec.num_params, tokens_per_s * flops_per_token))
-    return speeds
+        if (result.get("device"), result.get("devices", 1)) == (hardware.device, devices):
+            speeds.append(Speed.of(spec, result))
+    return [speed for speed in speeds if speed is not None]
 
 
 def expected_speed(spec: RunSpec, speeds: Iterable[Speed], assumed_flops_per_s: float) -> float:
@@ -72,9 +76,8 @@ def expected_speed(spec: RunSpec, speeds: Iterable[Speed], assumed_flops_per_s: 
 
 
 def job_flops(spec: RunSpec, steps: int) -> float:
-    """FLOPs of ``steps`` updates, and of reading the validation tokens at each evaluation and at the end."""
-    forward = count_flops(spec.model_shape, spec.context_length).forward / spec.context_length
-    return steps * spec.flops_per_step + spec.validation["max_tokens"] * (spec.validation["evaluations"] + 1) * forward
+    """FLOPs of ``steps`` updates, and of reading the validation tokens at each evaluation."""
+    return steps * spec.flops_per_step + spec.validation_flops
 
 
 def run_memory_bytes(spec: RunSpec, hardware: HardwareConfig) -> float:
@@ -183,10 +186,9 @@ class JobResources:
             return {}
         return {"gres": ":".join(["gpu", *filter(None, [self.hardware.gpu_type]), str(count)])}
 
-    @property
-    def launcher(self) -> str:
-        """Options of ``python -m xlstm_scaling.study.slurm``."""
-        nodes, devices = self.hardware.nodes_per_run, self.hardware.devices_per_run
+    def launch_options(self, nodes: int) -> str:
+        """Options of ``python -m xlstm_scaling.study.launch``."""
+        devices = self.hardware.devices_per_run
         words = ["--nodes", nodes, "--devices", devices, "--cpus", devices * self.hardware.threads_per_run]
         return " ".join(map(str, [*words, "--save-time", round(self.hardware.save_time_s), "--"]))
 

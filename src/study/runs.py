@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from xlstm_scaling.study.files import read_json
-from xlstm_scaling.study.plan import RunSpec
+from xlstm_scaling.study.run_spec import RunSpec
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow" / "schemas" / "runs.schema.yaml"
 

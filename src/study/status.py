@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from xlstm_scaling.study.amounts import duration_text
 from xlstm_scaling.study.files import read_json
 from xlstm_scaling.study.locks import lock_state
-from xlstm_scaling.study.plan import RunSpec
+from xlstm_scaling.study.run_spec import RunSpec
 
 #: what a run can be: finished (ok, diverged), at work, stopped with an error, interrupted, not begun
 STATES = ("ok", "running", "diverged", "failed", "stopped", "pending")
@@ -41,7 +42,7 @@ class StudyStatus:
             lines.append(f"{len(running)} running at {running['tokens_per_s'].sum():,.0f} tokens/s together")
         if share < 1 and math.isfinite(self.seconds_left):
             side = max(1, len(running))
-            lines.append(f"about {_duration(self.seconds_left)} left with {side} at a time")
+            lines.append(f"about {duration_text(self.seconds_left)} left with {side} at a time")
         return "\n".join(lines)
 
 
@@ -53,8 +54,7 @@ def study_status(specs: Sequence[RunSpec], runs_folder: Path, flops_per_s: float
         steps = spec.num_train_steps if row["state"] in ("ok", "diverged") else row["step"]
         done += steps * spec.flops_per_step
         if row["tokens_per_s"] and math.isfinite(row["tokens_per_s"]):
-            per_token = spec.flops_per_step / spec.batch_sequences / spec.context_length
-            speeds.append((row["tokens_per_s"] * per_token, steps * spec.flops_per_step))
+            speeds.append((row["tokens_per_s"] * spec.flops_per_token, steps * spec.flops_per_step))
         rows.append(row)
     # FLOP/s so far, each run counted by what it has done
     spent = sum(flops / speed for speed, flops in speeds if speed)
@@ -88,7 +88,7 @@ def _run_status(spec: RunSpec, folder: Path) -> dict:
         failed = read_json(failure)
         return row | {"state": "failed", "detail": failed["error"], "where": failed.get("process", "")}
     if held is not None:
-        detail = f"its process ended or has been silent for {_duration(held.silent_s)}"
+        detail = f"its process ended or has been silent for {duration_text(held.silent_s)}"
         row |= {"where": str(held.owner or ""), "detail": detail}
         return row | {"state": "stopped"}
     return row | {"state": "stopped"} if entry is not None else row
@@ -106,6 +106,19 @@ def _last_entry(history: Path) -> Mapping | None:
     return None
 
 
+def unfinished_lines(status: StudyStatus, results: Path, states: Sequence[str], most: int | None = None) -> list[str]:
+    """What ended the runs of these states, and how the logs of those that did not diverge end; ``most``: runs shown."""
+    found = status.runs[status.runs["state"].isin(states)]
+    lines = []
+    for row in found.head(len(found) if most is None else most).itertuples():
+        lines += ["", f"{row.run_id} {row.state}: {row.detail or 'it goes on when it is started again'}"]
+        path = Path(results) / "logs" / "runs" / f"{row.run_id}.log"
+        if row.state != "diverged" and path.is_file():
+            lines += [f"  {path} ends with", *(f"    {line}" for line in log_tail(path))]
+    more = len(found) - (len(found) if most is None else most)
+    return [*lines, "", f"and {more} more"] if more > 0 else lines
+
+
 def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
     """The last lines of a log, without progress bars and empty lines; [] where there is none."""
     try:
@@ -114,12 +127,3 @@ def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
         return []
     kept = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
     return [line for line in kept if line.strip()][-lines:]
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes:.0f} min"
-    return f"{minutes / 60:.1f} h" if minutes < 2880 else f"{minutes / 1440:.1f} days"

@@ -26,7 +26,7 @@ from xlstm_scaling.study.config import ConfigError, compose, conf_dir, is_publis
 from xlstm_scaling.study.context_scaling import context_scaling_runs, extra_runs
 from xlstm_scaling.study.files import digest
 from xlstm_scaling.study.paths import StudyPaths
-from xlstm_scaling.study.plan import PlanError, RunSpec, TrunkSpec, benchmarked_runs, find_trunks, plan_runs
+from xlstm_scaling.study.plan import PlanError, benchmarked_runs, plan_runs
 from xlstm_scaling.study.published import (
     INFERENCE_FILES,
     has_inference,
@@ -35,9 +35,13 @@ from xlstm_scaling.study.published import (
     run_files,
 )
 from xlstm_scaling.study.resources import JobResources
+from xlstm_scaling.study.run_spec import RunSpec, TrunkSpec, find_trunks
+from xlstm_scaling.study.status import study_status, unfinished_lines
 from xlstm_scaling.warmstart import open_session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+#: failed runs whose logs are shown at the end of a workflow
+MAX_FAILED_SHOWN = 5
 
 
 def _names(given: Sequence[str] | str | None) -> list[str]:
@@ -110,11 +114,6 @@ class WorkflowStudy:
         """Options of ``xlstm-scaling ingest`` as shell words."""
         words = ["--selected"] if self.config.runs.selected else []
         return shlex.join([*words, *(["--mapping", self.config.runs.mapping] if self.config.runs.mapping else [])])
-
-    @property
-    def ingest_code(self) -> list[Path]:
-        """Source files of the stage `ingest`: the ledger of claims lies beside them."""
-        return [path for path in self.code("published") if not path.name.startswith("claims")]
 
     @property
     def published_inference_digest(self) -> str:
@@ -344,6 +343,22 @@ class WorkflowStudy:
         if self.config.hardware.warm_start and not self.published:
             open_session(os.environ)
 
+    def explain_failure(self) -> str:
+        """The workflow's last words where it failed: runs that failed or were stopped, how their logs end, and the
+        commands that say more."""
+        lines, arguments = [], self.arguments
+        if not self.published:
+            runs = list(self.all_runs.values())
+            status = study_status(runs, self.paths.runs, self.config.hardware.flops_per_s)
+            counts = status.runs["state"].value_counts()
+            if failed := counts.get("failed", 0) + counts.get("stopped", 0):
+                lines.append(f"runs that failed or were stopped: {failed}")
+                lines += unfinished_lines(status, self.paths.results, ("failed", "stopped"), most=MAX_FAILED_SHOWN)
+            lines += ["", f"how the runs stand:          xlstm-scaling status {arguments}"]
+        lines.append(f"what there is, on one page:  xlstm-scaling report {arguments}")
+        lines.append("The same call of the workflow again keeps what is finished and goes on.")
+        return "\n".join(lines)
+
     def fit_files(self, suffix: str) -> list[Path]:
         """The tables of the stage `fit`."""
         return [self.paths.fits / f"{name}{suffix}" for name in COLUMNS]
@@ -372,7 +387,3 @@ class WorkflowStudy:
     def code(package: str, pattern: str = "*.py") -> list[Path]:
         """Source files of a part of this package: stages that are cheap to repeat rerun when their code changes."""
         return sorted((REPOSITORY / "src" / package).glob(pattern))
-
-    @staticmethod
-    def code_file(name: str) -> Path:
-        return REPOSITORY / "src" / name

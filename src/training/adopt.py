@@ -22,7 +22,7 @@ from xlstm_scaling.corpus import CorpusError, TokenDataset
 from xlstm_scaling.kernels.certification.certificate import certificate_digest
 from xlstm_scaling.study.files import digest, read_json
 from xlstm_scaling.study.locks import FolderLock, lock_state
-from xlstm_scaling.study.plan import BEHAVIOUR_VERSION, RunSpec, spec_of
+from xlstm_scaling.study.run_spec import BEHAVIOUR_VERSION, RunSpec, spec_of
 from xlstm_scaling.training.checkpoint import CheckpointError, load_file
 from xlstm_scaling.training.metrics import read_history
 from xlstm_scaling.training.parallel import Parallel

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xlstm_scaling.corpus import TokenDataset
 from xlstm_scaling.study.files import digest
-from xlstm_scaling.study.plan import RunSpec
+from xlstm_scaling.study.run_spec import RunSpec
 from xlstm_scaling.training.checkpoint import CheckpointError, load_file
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from xlstm_scaling.study.errors import Preempted
 from xlstm_scaling.study.files import DiskFullError, digest, json_text, write_json_atomic, write_text_atomic
 from xlstm_scaling.study.locks import POLL_S, FolderLock, LockLost, Owner
 from xlstm_scaling.study.machine import keep_freed_memory
-from xlstm_scaling.study.plan import BEHAVIOUR_VERSION, RunSpec
+from xlstm_scaling.study.run_spec import BEHAVIOUR_VERSION, RunSpec
 from xlstm_scaling.training.branch import load_branch
 from xlstm_scaling.training.checkpoint import load_file, save_file
 from xlstm_scaling.training.execution import Execution, measure_peak_flops

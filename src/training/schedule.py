@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-DECAYS = ("cosine", "constant")
-
 
 def learning_rate(
     step: int,

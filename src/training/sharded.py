@@ -8,7 +8,6 @@ last, and renamed. A folder may hold such checkpoints and files of one process s
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
 import shutil
 import warnings
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from xlstm_scaling.study.files import DiskFullError, digest, read_json, write_json_atomic
+from xlstm_scaling.study.files import DiskFullError, digest, file_sha256, read_json, write_json_atomic
 from xlstm_scaling.study.locks import LockLost
 from xlstm_scaling.training.checkpoint import CheckpointError, CheckpointFolder, load_file, save_file
 from xlstm_scaling.training.parallel import Parallel, is_sharded, whole
@@ -132,11 +131,6 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: Optimizer, parallel:
 # folders
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a sharded checkpoint says of itself. Raises CheckpointError for a foreign, newer, torn or altered one."""
     try:
@@ -164,7 +158,7 @@ def check_files(folder: Path, manifest: dict[str, Any], parallel: Parallel) -> l
         path, entry = folder / name, manifest["files"][name]
         if not path.is_file():
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        elif path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
             problems.append(f"{path} is truncated or altered: its digest does not match")
     return [problem for said in parallel.gather(problems) for problem in said]
 
@@ -220,7 +214,7 @@ class Checkpoints(CheckpointFolder):
         """Size and digest of the files that this process wrote."""
         rank = self.parallel.rank
         own = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
-        return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in own}
+        return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in own}
 
     def _commit(self, temporary: Path, path: Path, plain: dict, names: list[str], files: dict[str, dict]) -> None:
         """Process 0 writes the manifest and gives the folder its name."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from xlstm_scaling.corpus import BatchSchedule, TokenDataset, ValidationWindows, get_batch, get_windows
 from xlstm_scaling.models import LanguageModel, build_model
 from xlstm_scaling.study.files import read_json
-from xlstm_scaling.study.plan import RunSpec
+from xlstm_scaling.study.run_spec import RunSpec, spec_of
 from xlstm_scaling.training.checkpoint import CheckpointError, load_file
 from xlstm_scaling.training.execution import Execution
 from xlstm_scaling.training.guard import GuardRule, LossGuard
@@ -38,9 +38,11 @@ def build_run_model(spec: RunSpec, device: str = "cpu", parallel: Parallel | Non
 def load_trained(run_folder: Path) -> LanguageModel:
     """The model of a finished run with its trained weights.
 
-    Raises FileNotFoundError or CheckpointError with the file's name.
+    Raises FileNotFoundError or CheckpointError with the file's name, the latter also for a run of other code.
     """
-    spec = RunSpec(**read_json(Path(run_folder) / "spec.json"))
+    spec = spec_of(read_json(Path(run_folder) / "spec.json"))
+    if spec is None:
+        raise CheckpointError(f"{Path(run_folder) / 'spec.json'} is of code with other settings: train the run again")
     model = build_run_model(spec)
     try:
         content = load_file(Path(run_folder) / "final.ckpt")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from xlstm_scaling.study.plan import TrunkSpec
+from xlstm_scaling.study.run_spec import TrunkSpec
 from xlstm_scaling.training.branch import branch_path, load_branch, trunk_identity
 from xlstm_scaling.training.checkpoint import CheckpointError, load_file, save_file
 from xlstm_scaling.training.execution import Execution

@@ -100,11 +100,20 @@ def test_without_scripts_everything_can_be_read(report, open_page):
     assert opened.page.locator("table.claims tbody tr:visible").count() == 10
 
 
-def test_it_prints_with_everything_opened(report, open_page, tmp_path):
+def test_it_prints_opened_without_configurations_or_wide_tables(report, open_page, tmp_path):
     page = open_page(report).page
     page.pdf(path=tmp_path / "report.pdf", format="A4", prefer_css_page_size=True)
     content = (tmp_path / "report.pdf").read_bytes()
     assert content.startswith(b"%PDF") and content.count(b"/Type /Page\n") + content.count(b"/Type/Page") >= 4
     page.emulate_media(media="print")
     assert not page.locator(".contents").is_visible()
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    opened = page.locator("details[open]").count()
+    assert opened == page.locator("details:not(.settings)").count() > 0
+    for table in page.locator("details.table").all():
+        wide = "wide" in table.get_attribute("class").split()
+        assert table.locator("table").is_visible() != wide
+        assert table.locator(".paper").is_visible() == wide
+        # nothing is cut off at the edge of the paper
+        assert wide or table.locator("table").evaluate("x => x.scrollWidth <= document.documentElement.clientWidth")
     assert brightness(page) > 250

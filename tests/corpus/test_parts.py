@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from xlstm_scaling import cli
-from xlstm_scaling.corpus import CorpusError, TokenDataset, build, parts
+from xlstm_scaling.corpus import CorpusError, TokenDataset, build, part_processes, parts, pieces
 from xlstm_scaling.corpus.build import available_workers, build_part, build_tokens
-from xlstm_scaling.corpus.parts import Part, list_pieces
+from xlstm_scaling.corpus.parts import Part
+from xlstm_scaling.corpus.pieces import list_pieces
 from xlstm_scaling.corpus.settings import CorpusSettings
 
 from .conftest import make_texts, write_txt
@@ -28,7 +29,7 @@ def kept(folder):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(parts, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4000)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,9 @@ def reference(tmp_path_factory, many, tokenizer_cfg):
 
 
 def test_the_bytes_know_nothing_of_pieces_and_workers(tmp_path, many, tokenizer_cfg, reference, small_pieces):
-    pieces = list_pieces(CorpusSettings.of(many))
-    assert len(pieces) > 5
-    assert all(piece.size <= 4000 for piece in pieces)
+    cut = list_pieces(CorpusSettings.of(many))
+    assert len(cut) > 5
+    assert all(piece.size <= 4000 for piece in cut)
     for workers in (1, 2, 3):
         build_tokens(many, tokenizer_cfg, tmp_path / str(workers), progress=False, workers=workers)
         assert contents(tmp_path / str(workers)) == contents(reference)
@@ -61,11 +62,11 @@ def test_the_bytes_know_nothing_of_pieces_and_workers(tmp_path, many, tokenizer_
 @pytest.mark.parametrize("limit", [1, 1500])
 def test_a_limited_validation_split(tmp_path, many, tokenizer_cfg, small_pieces, monkeypatch, limit):
     cfg = {**many, "max_validation_tokens": limit}
-    pieces = build_tokens(cfg, tokenizer_cfg, tmp_path / "pieces", progress=False, workers=1)
-    monkeypatch.setattr(parts, "PIECE_BYTES", 1 << 20)
+    cut = build_tokens(cfg, tokenizer_cfg, tmp_path / "pieces", progress=False, workers=1)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 20)
     whole = build_tokens(cfg, tokenizer_cfg, tmp_path / "whole", progress=False, workers=1)
-    assert pieces == whole
-    assert pieces["splits"]["validation"]["num_tokens"] <= max(limit, 1500)
+    assert cut == whole
+    assert cut["splits"]["validation"]["num_tokens"] <= max(limit, 1500)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -142,9 +143,9 @@ def test_other_text_and_other_settings_need_other_parts(tmp_path, many, tokenize
 
 KILLED = """
 import sys, time
-from xlstm_scaling.corpus import parts
+from xlstm_scaling.corpus import parts, pieces
 from xlstm_scaling.corpus.build import build_tokens
-parts.PIECE_BYTES = 4000
+pieces.PIECE_BYTES = 4000
 make = parts.PartMaker.make
 def slow(maker, piece):
     part = make(maker, piece)
@@ -190,18 +191,18 @@ def test_text_that_changes_while_a_part_is_made(tmp_path, many, small_pieces, re
 
 
 def test_a_worker_that_is_killed_or_fails_is_explained(tmp_path, many, tokenizer_cfg, small_pieces, monkeypatch):
-    start = parts._Worker.__init__
+    start = part_processes._Worker.__init__
 
     def started_dead(worker, *args):
         start(worker, *args)
         os.kill(worker._process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(parts._Worker, "__init__", started_dead)
+    monkeypatch.setattr(part_processes._Worker, "__init__", started_dead)
     with pytest.raises(CorpusError, match=r"was killed.*fewer --workers"):
         build_tokens(many, tokenizer_cfg, tmp_path / "tokens", progress=False, workers=2)
     monkeypatch.undo()
 
-    monkeypatch.setattr(parts, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4000)
     text = shutil.copytree(many["path"], tmp_path / "text")
     (text / "0003.txt").write_bytes(b"\xff")
     shutil.copytree(tmp_path / "tokens", tmp_path / "other")

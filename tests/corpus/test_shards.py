@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_scaling.corpus import CorpusError, TokenDataset, shards
-from xlstm_scaling.corpus.shards import TokensWriter, token_dtype
+from xlstm_scaling.corpus import CorpusError, TokenDataset, shard_writer
+from xlstm_scaling.corpus.shard_writer import TokensWriter
+from xlstm_scaling.corpus.shards import token_dtype
 
 META = {"eod_id": 0, "tokenizer": {"sha256": hashlib.sha256(b"{}").hexdigest()}}
 
@@ -160,7 +161,7 @@ def test_a_full_disk_at_fsync_leaves_the_old_tokens(tmp_path, monkeypatch, call)
         if next(calls) == call:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shards.os, "fsync", fsync)
+    monkeypatch.setattr(shard_writer.os, "fsync", fsync)
     with pytest.raises(CorpusError, match=rf"disk is full: .* at least [1-9][\d,]* bytes in {tmp_path}"):
         write(tmp_path, [[4, 5, 6, 7, 8, 0]], 2)
     assert contents(tmp_path) == before
@@ -178,7 +179,7 @@ def test_a_disk_that_is_really_full(tmp_path):
             write(tmp_path, [[1] * 1000 for _ in range(100)], 10_000)
         assert contents(tmp_path) == {}
         with pytest.raises(CorpusError, match=r"need about 1,000,000 bytes in .* only 65,536 are free"):
-            shards.check_space(tmp_path, 1_000_000)
+            shard_writer.check_space(tmp_path, 1_000_000)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -187,7 +188,7 @@ def test_other_errors_of_the_disk_are_not_hidden(tmp_path, monkeypatch):
     def fsync(descriptor):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(shards.os, "fsync", fsync)
+    monkeypatch.setattr(shard_writer.os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path, [[1, 0]], 2)
     assert contents(tmp_path) == {}

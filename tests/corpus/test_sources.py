@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pyarrow import parquet
 
 from xlstm_scaling.corpus import CorpusError, iter_documents, source_files
-from xlstm_scaling.corpus.build import tokens_spec
+from xlstm_scaling.corpus.identity import tokens_spec
 from xlstm_scaling.corpus.settings import CorpusSettings, TokenizerSettings
 
 CONF = Path(__file__).parents[2] / "conf"

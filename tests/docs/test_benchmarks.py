@@ -24,6 +24,7 @@ def decoding_row(arch, ratio):
         "size": "64x2x512",
         "batch": 1,
         "step_time_s": {"decoder": 0.00125},
+        "dtype": "float32",
         "ratio_transformers": ratio,
         "roofline_share": 0.5,
     }
@@ -58,7 +59,7 @@ def test_records_hold_what_the_benchmark_found(recorded):
 def test_the_page_shows_it(recorded):
     folder, _ = recorded
     text = page.page(page.load(folder), "figures/benchmarks.png")
-    assert "| xLSTM | 64x2x512 | 1 | 1.25 | 2.38 | 50% |" in text
+    assert "| xLSTM | 64x2x512 | 1 | float32 | 1.25 | 2.38 | 50% |" in text
     assert "python benchmarks/decoding.py --quick" in text
     page.draw(page.load(folder), folder / "figure.png")
     assert (folder / "figure.png").stat().st_size > 5000

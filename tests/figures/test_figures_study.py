@@ -1,5 +1,6 @@
 """`draw_all`: what it writes, that it writes the same again, and the captions."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,19 +11,24 @@ import yaml
 from matplotlib.image import imread
 
 from xlstm_scaling.figures import FIGURES, FigureError, captions, draw_all, figure_outputs
+from xlstm_scaling.figures.study import figure_config
 
 ROOT = Path(__file__).resolve().parents[2]
+#: some figures of every kind; the workflow draws all of them
+NAMES = ["loss_vs_flops", "training_curves", "compute_optimal", "overtraining", "ttft", "length"]
+CONFIG = {"figures": {"dpi": 60}, "fitting": {"confidence": 0.9}}
 
 
 @pytest.fixture(scope="module")
 def drawn(results, tmp_path_factory):
     out = tmp_path_factory.mktemp("figures")
-    return out, draw_all(results, out, {"figures": {"dpi": 60}, "fitting": {"confidence": 0.9}}, progress=False)
+    return out, draw_all(results, out, CONFIG, only=NAMES, progress=False)
 
 
 def test_writes_what_it_says_and_leaves_nothing_else(drawn):
     out, written = drawn
-    assert sorted(written) == sorted(figure_outputs(out, {})) == sorted(out.iterdir())
+    assert sorted(written) == sorted(figure_outputs(out, {}, NAMES)) == sorted(out.iterdir())
+    assert {path.stem for path in written} == set(NAMES)
     assert {path.suffix for path in written} == {".svg", ".png", ".csv"}
     for path in written:
         assert imread(path).shape[1] > 300 if path.suffix == ".png" else path.stat().st_size > 100
@@ -30,9 +36,16 @@ def test_writes_what_it_says_and_leaves_nothing_else(drawn):
             assert len(pd.read_csv(path)) > 0
 
 
+def test_the_table_behind_every_figure_has_rows(tables):
+    options = figure_config(CONFIG)
+    behind = {name: spec.data(tables, options) for name, spec in FIGURES.items() if spec.data is not None}
+    assert len(behind) > 10
+    assert all(len(rows) > 0 for rows in behind.values())
+    assert set(figure_outputs(Path("out"), {})) >= {Path("out") / f"{name}.csv" for name in behind}
+
+
 def test_confidence_of_the_fits_is_in_the_figures(results):
     from xlstm_scaling.figures import Tables
-    from xlstm_scaling.figures.study import figure_config
 
     options = figure_config({"figures": {"confidence": None}, "fitting": {"confidence": 0.9}})
     figure = FIGURES["compute_optimal"].draw(Tables(results), options)
@@ -89,9 +102,11 @@ def test_published_runs_have_no_figure_of_their_models():
     assert drawable_names({})[-1] == "choice"
 
 
-def test_default_config_has_the_options_used():
+def test_every_option_is_in_the_config_and_every_entry_of_the_config_is_used():
     config = yaml.safe_load((ROOT / "conf" / "figures" / "default.yaml").read_text())
-    assert {"formats", "dpi", "only", "base_context", "context_budget", "confidence", "surface"} <= set(config)
+    sources = "".join(path.read_text() for path in (ROOT / "src" / "figures").glob("*.py"))
+    asked = re.findall(r'(?:\bconfig|\boptions|figure_config\(config\))\.get\("(\w+)"', sources)
+    assert set(asked) - {"figures", "fitting", "runs"} == set(config)  # but for groups of the whole configuration
 
 
 def test_figures_do_not_import_torch_or_snakemake():

@@ -9,21 +9,10 @@ from scipy.optimize import minimize, minimize_scalar
 
 from xlstm_scaling.fitting import LossSurface, fit_surface
 from xlstm_scaling.fitting.resampling import bootstrap_counts
-from xlstm_scaling.fitting.surface_fit import (
-    bootstrap_surface,
-    compare_forms,
-    fit_surface_ladder,
-    huber_log_likelihood,
-)
-from xlstm_scaling.fitting.surface_solver import (
-    SurfaceProblem,
-    _retract,
-    _straighten,
-    descend,
-    stretch,
-    to_eta,
-    to_theta,
-)
+from xlstm_scaling.fitting.surface_fit import bootstrap_surface, fit_surface_ladder
+from xlstm_scaling.fitting.surface_problem import SurfaceProblem, stretch, to_eta, to_theta
+from xlstm_scaling.fitting.surface_result import compare_forms, huber_log_likelihood
+from xlstm_scaling.fitting.surface_solver import _retract, _straighten, descend
 from xlstm_scaling.fitting.surface_starts import approach, balance, meet, pool_runs, start_grid
 from xlstm_scaling.fitting.surface_tables import fit_surfaces
 
@@ -340,7 +329,9 @@ def test_stretched_points_predict_nearly_the_same():
         assert max(shifts) < 0.2
 
 
-@pytest.mark.parametrize(("seed", "noise"), [(6, 3e-4), (6, 2e-3), (5, 3e-4), (4, 3e-4)])
+@pytest.mark.parametrize(
+    ("seed", "noise"), [(6, 2e-3), (5, 3e-4), *(pytest.param(k, 3e-4, marks=pytest.mark.exhaustive) for k in (4, 6))]
+)
 def test_gamma_that_leaves_its_box_is_followed(config, seed, noise):
     """Runs of E + A N^-a exp(B D^-b): the form tends to it as gamma grows. Seeds 4 and 5 have a minimum on the way."""
     num_params, num_tokens = points(20)
@@ -406,9 +397,12 @@ def noisy(seed=0, num_runs=30, gamma=0.5, noise=0.01):
 
 
 def small(config):
-    """The settings with an eighth of the starts."""
-    grid = config["surface"]["init_grid"]
-    grid["a"], grid["b"], grid["e"] = [0, 10, 20], [0, 10, 20], [-1, 0, 1]
+    """The settings with fewer starts, as far apart."""
+    grid, scaled = config["surface"]["init_grid"], config["surface"]["scaled_grid"]
+    grid |= {"a": [0, 10, 20], "b": [0, 10, 20], "e": [-1, 0, 1]}
+    grid |= {"alpha": [0, 0.5, 1], "beta": [0, 0.5, 1], "gamma": [0, 0.5, 1.5]}
+    scaled |= {"params_share": [0.2, 0.8], "irreducible_share": [0.1, 0.7, 0.9]}
+    scaled |= {"alpha": [0.1, 0.6], "beta": [0.1, 0.6], "gamma": [0.25, 1]}
     return config["surface"]
 
 
@@ -425,11 +419,11 @@ def test_a_weight_of_two_is_the_run_twice(config):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("descents", [3, pytest.param(8, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("descents", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_no_threshold_is_above_lbfgs_in_the_papers_parameters(config, form, descents):
     """scipy, without a box, with its own objective and finite differences, from our end and from the grid."""
     data, surface = noisy(num_runs=40), small(config)
-    deltas = [5.0, 1e-2, 3e-3, 1e-4]
+    deltas = [5.0, 3e-3, 1e-4]
     fits = fit_surface_ladder(*data, surface, form=form, deltas=deltas)
     n, d, y = (np.log(values) for values in data)
     generator = np.random.default_rng(0)
@@ -450,7 +444,7 @@ def test_a_fit_does_not_depend_on_the_other_thresholds(config):
     data, surface = noisy(), small(config)
     for form in FORMS:
         alone = fit_surface(*data, surface, form=form, huber_delta=1e-3)
-        among = fit_surface_ladder(*data, surface, form=form, deltas=[1e-4, 1e-3, 2e-3, 1.0])[1]
+        among = fit_surface_ladder(*data, surface, form=form, deltas=[1e-4, 1e-3, 1.0])[1]
         assert alone.objective == among.objective
         assert alone.surface == among.surface
 

@@ -167,3 +167,14 @@ def test_memory_is_estimated_beforehand(arch, grows, monkeypatch):
     monkeypatch.setattr(timing, "available_bytes", lambda device: weights + state - 1)
     with pytest.raises(ValueError, match="shorten or split the prompts"):
         check_memory(meta, 2, 400, 100, 400, device)
+
+
+@pytest.mark.parametrize(("arch", "kept"), [("transformer", "cache"), ("hybrid", "state and cache")])
+def test_the_mask_of_a_chunk_is_counted_wherever_a_block_attends(arch, kept, monkeypatch):
+    shape = make_shape(arch, 64, 4, 4, 300)
+    meta, device = build_described(ModelDescription(shape, {})), torch.device("cpu")
+    needed = 4 * meta.num_params() + check_memory(meta, 2, 400, 100, 400, device)
+    monkeypatch.setattr(timing, "available_bytes", lambda device: needed)
+    check_memory(meta, 2, 400, 100, 400, device)  # a prompt at once needs none
+    with pytest.raises(ValueError, match=f"GB of them the {kept}, and"):
+        check_memory(meta, 2, 400, 100, 50, device)

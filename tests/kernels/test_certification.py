@@ -33,6 +33,9 @@ MLSTM_TENSORS = ["h", "C", "n", "m", "dq", "dk", "dv", "di", "df", "dC0", "dn0",
 SHORT = ("odd length", "odd length, no state, gradient of h", "resets", "handed over once")
 
 
+#: the case that the command is tried on
+SHORTEST = "shorter than a chunk"
+
 # the rule
 
 
@@ -79,8 +82,13 @@ def test_errors_that_have_no_number():
 # the cases
 
 
-def short_cases(operation):
-    return [c for c in operation.cases if c.device is None and c.settings.get("T", 1) <= LONG]
+@pytest.fixture(scope="module")
+def short_problems():
+    """All cases of the mLSTM but the longest, in fp32."""
+    operation = MLSTM()
+    cases = [c for c in operation.cases if c.device is None and c.settings.get("T", 1) <= LONG]
+    with strict_memory():
+        return [Problem(operation, case, torch.float32) for case in cases]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -102,20 +110,16 @@ def test_the_quick_cases_cover_every_tensor_and_what_is_hard(name):
         assert any(not s["state"] and s["cotangents"] == ("h",) for s in settings)
 
 
-def test_pytorch_in_fp32_is_well_conditioned_on_every_case():
-    operation = MLSTM()
+def test_pytorch_in_fp32_is_well_conditioned_on_every_case(short_problems):
     with strict_memory():
-        for case in short_cases(operation):
-            checks = Problem(operation, case, torch.float32).check(mlstm_chunkwise, "chunkwise")
-            for name, check in checks.items():
-                assert not check.ill_conditioned, f"{name} in {case.name}: {check}"
+        for problem in short_problems:
+            for name, check in problem.check(mlstm_chunkwise, "chunkwise").items():
+                assert not check.ill_conditioned, f"{name} in {problem.case.name}: {check}"
 
 
-def test_one_token_wins_the_last_maximum_clearly():
+def test_one_token_wins_the_last_maximum_clearly(short_problems):
     """The last m has a gradient by the token that gives it: two that come close would make it a matter of rounding."""
-    operation = MLSTM()
-    for case in short_cases(operation):
-        problem = Problem(operation, case, torch.float32)
+    for problem in short_problems:
         x = {name: value.double() for name, value in problem.inputs.items()}
         b = F.logsigmoid(x["f"]).cumsum(-1)
         candidates = x["i"] - b + b[..., -1:]
@@ -123,7 +127,7 @@ def test_one_token_wins_the_last_maximum_clearly():
             candidates = torch.cat((candidates, (x["m0"] + b[..., -1])[..., None]), -1)
         if candidates.shape[-1] > 1:
             top = candidates.topk(2).values
-            assert (top[..., 0] - top[..., 1]).min() > 1e-4, case.name
+            assert (top[..., 0] - top[..., 1]).min() > 1e-4, problem.case.name
 
 
 def test_the_long_reference_is_the_recurrent_one():
@@ -381,14 +385,11 @@ def test_wrong_gradients_of_the_other_operations_are_named(op, tensor):
 # the command and the certificate
 
 
-@pytest.fixture(scope="module")
-def certificate():
-    """All kernels of this CPU that there are, quick."""
-    return certify("cpu", level="quick", progress=False)
-
-
 @pytest.mark.slow
-def test_the_kernels_of_this_cpu_are_right(certificate):
+def test_the_kernels_of_this_cpu_are_right(quick_certificate):
+    """All kernels that there are."""
+    certificate = load_certificate(quick_certificate)
+    assert certificate["level"] == "quick"
     found = {(e["op"], e["form"], e["backend"]) for e in certificate["kernels"]}
     assert {op for op, _, _ in found} == set(OPERATIONS)
     compiled = {"cpp"} if build.usable("mlstm") else set()
@@ -399,15 +400,15 @@ def test_the_kernels_of_this_cpu_are_right(certificate):
     assert certificate["passed"]
     assert certificate["device"]["name"]
     assert certificate["versions"]["torch"] == torch.__version__.split("+")[0] or certificate["versions"]["torch"]
-    json.loads(json.dumps(certificate, allow_nan=False))
+    json.dumps(certificate, allow_nan=False)
     used = [("mlstm", "chunkwise", "torch", dtype) for dtype in DTYPES]
     require_certified(certificate, used)
 
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    """One case of the mLSTM, so that the command takes no time."""
-    cases = tuple(case for case in MLSTM.cases if case.name == "odd length")
+    """One short case of the mLSTM, so that the command takes no time."""
+    cases = tuple(case for case in MLSTM.cases if case.name == SHORTEST)
     monkeypatch.setattr(MLSTM, "cases", cases)
 
 
@@ -419,7 +420,7 @@ def test_the_command_writes_a_certificate_and_says_what_failed(few_cases, monkey
     assert run_command(words) == 1
     text = capsys.readouterr()
     for dtype in DTYPES:
-        assert f"FAILED mlstm skewed (torch) in {dtype}: dq is off by 0.1 in case 'odd length'" in text.err
+        assert f"FAILED mlstm skewed (torch) in {dtype}: dq is off by 0.1 in case {SHORTEST!r}" in text.err
     assert "mlstm chunkwise (torch)" in text.out
     assert run_command([*words, "--report-only"]) == 0
     written = load_certificate(out)
@@ -438,7 +439,7 @@ def test_a_kernel_that_raises_fails_and_the_others_go_on(few_cases):
 
     kernels = [Kernel("mlstm", "broken", "torch", broken), Kernel("mlstm", "chunkwise", "torch", mlstm_chunkwise)]
     first, second = certify_kernels(kernels, dtypes=["float32"])
-    assert first.failures() == ["ValueError: no such luck, in case 'odd length'"]
+    assert first.failures() == [f"ValueError: no such luck, in case {SHORTEST!r}"]
     assert not second.failures()
     assert set(MLSTM_TENSORS) < set(first.untested(MLSTM()))
 

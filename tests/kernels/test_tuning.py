@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
-from xlstm_scaling.kernels import problems, triton_launch, tuning
-from xlstm_scaling.kernels.compilation import clean_environment, record
+from xlstm_scaling import cli
+from xlstm_scaling.kernels import problems, triton_launch, tune_command, tuning
+from xlstm_scaling.kernels.compilation import record
+from xlstm_scaling.kernels.compile_command import clean_environment
 from xlstm_scaling.kernels.triton_launch import TARGETS, configuration, recording
 
 DEFAULT = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
@@ -143,17 +145,17 @@ def test_the_budget_stops_with_what_is_known():
 
 def test_the_table_is_written_merged_and_read(tmp_path, monkeypatch):
     monkeypatch.setenv(triton_launch.TABLES_VARIABLE, str(tmp_path))
-    assert tuning.default_folder() == tmp_path
+    assert tune_command.default_folder() == tmp_path
     operation = FakeOperation()
     report = tuning.tune([operation.subject()], operation.timer)
-    path = tuning.write_table(tmp_path, TARGETS["sm_90"], report.entries)
+    path = tune_command.write_table(tmp_path, TARGETS["sm_90"], report.entries)
     assert path == tmp_path / "sm_90.json"
     best = {"BLOCK": 256, "num_warps": 8, "num_stages": 1}
     assert configuration("first_kernel", DEFAULT, torch.float32, d=64) == best
     assert configuration("first_kernel", DEFAULT, torch.float32, d=128) == DEFAULT
     assert configuration("first_kernel", DEFAULT, torch.bfloat16, d=64) == DEFAULT
 
-    tuning.write_table(tmp_path, TARGETS["sm_90"], {"first_kernel": {"bfloat16 d=64": {**DEFAULT, "BLOCK": 32}}})
+    tune_command.write_table(tmp_path, TARGETS["sm_90"], {"first_kernel": {"bfloat16 d=64": {**DEFAULT, "BLOCK": 32}}})
     table = json.loads(path.read_text())
     assert table["kernels"]["first_kernel"] == {"bfloat16 d=64": {**DEFAULT, "BLOCK": 32}, KEY: best}
     assert table["device"] == "sm_90" and table["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -165,24 +167,24 @@ def test_the_table_is_written_merged_and_read(tmp_path, monkeypatch):
 
 
 def test_problems_are_selected_by_operation_and_shape():
-    every = tuning.select_problems(None, "bfloat16", None)
+    every = tune_command.select_problems(None, "bfloat16", None)
     assert {p.op for p in every} == {"mlstm", "linear_cross_entropy", "rms_norm", "head_norm_gate", "gated_silu"}
-    steps = tuning.select_problems(["mlstm/step"], "float16", ["B=32"])
+    steps = tune_command.select_problems(["mlstm/step"], "float16", ["B=32"])
     assert [p.name for p in steps] == ["mlstm/step float16 B=32 H=8 d_qk=256 d_v=512"] and not steps[0].backward
-    own = tuning.select_problems(["rms_norm"], "bfloat16", ["d=513", "M=100"])
+    own = tune_command.select_problems(["rms_norm"], "bfloat16", ["d=513", "M=100"])
     assert own == [problems.rms_norm(100, 513)]
     with pytest.raises(ValueError, match="no operation slstm; known: gated_silu/fused"):
-        tuning.select_problems(["slstm"], "bfloat16", None)
+        tune_command.select_problems(["slstm"], "bfloat16", None)
     with pytest.raises(ValueError, match="for one of your own name all its sizes: rms_norm/fused: M d"):
-        tuning.select_problems(["rms_norm"], "bfloat16", ["d=513"])
+        tune_command.select_problems(["rms_norm"], "bfloat16", ["d=513"])
     with pytest.raises(ValueError, match="--shape takes NAME=SIZE, got d=wide"):
-        tuning.select_problems(None, "bfloat16", ["d=wide"])
+        tune_command.select_problems(None, "bfloat16", ["d=wide"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_says_so(capsys):
-    assert tuning.main(["--op", "rms_norm"]) == 1
-    assert "tune: tuning measures on a GPU, and PyTorch sees none" in capsys.readouterr().err
+    assert cli.run_command(["tune", "--op", "rms_norm"]) == 1
+    assert "xlstm-scaling tune: tuning measures on a GPU, and PyTorch sees none" in capsys.readouterr().err
 
 
 def test_steps_double_halve_and_add():
@@ -196,7 +198,7 @@ def test_steps_double_halve_and_add():
 def test_candidates_name_settings_of_their_kernels():
     pytest.importorskip("triton", reason="the kernels' modules need Triton")
     every = problems.all_problems()
-    candidates = tuning.named_candidates(every)
+    candidates = tune_command.named_candidates(every)
     asked = {}
     for problem in every:
         with tuning.observed() as requests:
@@ -210,14 +212,14 @@ def test_candidates_name_settings_of_their_kernels():
 
 CANDIDATES_PROGRAM = """
 import sys
-from xlstm_scaling.kernels import problems, tuning
-from xlstm_scaling.kernels.compilation import compile_launches, table
-from xlstm_scaling.kernels.compilation import clean_environment, record
+from xlstm_scaling.kernels import problems, tune_command
+from xlstm_scaling.kernels.compilation import compile_launches
+from xlstm_scaling.kernels.compile_command import table
 from xlstm_scaling.kernels.triton_launch import TARGETS
-chosen = tuning.tuned_problems() if "all" in sys.argv else [
+chosen = tune_command.tuned_problems() if "all" in sys.argv else [
     problems.step(32, 8, 256, 512), problems.rms_norm(16384, 768), problems.gated_silu(16384, 2048)
 ]
-work = tuning.candidate_launches(chosen, TARGETS["sm_90"])
+work = tune_command.candidate_launches(chosen, TARGETS["sm_90"])
 rows = compile_launches(work, processes=2)
 print(table([row for row in rows if not row.ok]), file=sys.stderr)
 print(len(rows), sum(not row.ok for row in rows))

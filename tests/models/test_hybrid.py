@@ -13,7 +13,8 @@ from xlstm_scaling.models import build_model
 from xlstm_scaling.models.transformer import TransformerBlock
 from xlstm_scaling.models.xlstm import XLSTMBlock
 from xlstm_scaling.study.config import ConfigError, compose
-from xlstm_scaling.study.plan import PlanError, plan_runs, spec_of
+from xlstm_scaling.study.plan import PlanError, plan_runs
+from xlstm_scaling.study.run_spec import spec_of
 
 
 @given(every=st.integers(2, 12), num_blocks=st.integers(1, 60))

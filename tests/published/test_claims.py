@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from xlstm_scaling.cli import run_command
-from xlstm_scaling.published import claims_inference  # noqa: F401 - enters its answers
-from xlstm_scaling.published.claims import (
+from xlstm_scaling.published.claims.answers import FUNCTIONS
+from xlstm_scaling.published.claims.evidence import Evidence
+from xlstm_scaling.published.claims.ledger import (
     COLUMNS,
     Answer,
     Claim,
@@ -22,8 +23,7 @@ from xlstm_scaling.published.claims import (
     parse_claims,
     select_claims,
 )
-from xlstm_scaling.published.claims_answers import FUNCTIONS, Evidence
-from xlstm_scaling.published.claims_page import html_page, markdown_page, summary_counts
+from xlstm_scaling.published.claims.page import html_page, markdown_page, summary_counts
 from xlstm_scaling.study.config import conf_dir
 
 NAN = float("nan")

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from xlstm_scaling.published.claims import build_ledger, load_claims
-from xlstm_scaling.published.claims_answers import FUNCTIONS, Evidence
-from xlstm_scaling.published.claims_inference import read_measurements
+from xlstm_scaling.published.claims.answers import FUNCTIONS
+from xlstm_scaling.published.claims.evidence import Evidence
+from xlstm_scaling.published.claims.inference import read_measurements
+from xlstm_scaling.published.claims.ledger import build_ledger, load_claims
 from xlstm_scaling.published.ingest import ingest
 from xlstm_scaling.study.config import conf_dir
 

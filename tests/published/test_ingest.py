@@ -10,9 +10,11 @@ import yaml
 from xlstm_scaling.accounting import make_shape, training_flops
 from xlstm_scaling.cli import run_command
 from xlstm_scaling.fitting.envelope import fit_envelope
-from xlstm_scaling.published.ingest import IngestError, check_accounting, ingest
+from xlstm_scaling.published.checks import check_accounting
+from xlstm_scaling.published.errors import IngestError
+from xlstm_scaling.published.ingest import ingest
 from xlstm_scaling.published.logs import LogError
-from xlstm_scaling.published.reader import PickleError
+from xlstm_scaling.published.pickle_objects import PickleError
 from xlstm_scaling.published.tables import TableMapping
 from xlstm_scaling.published.upstream import DownloadError, Upstream, blob_id
 from xlstm_scaling.study.config import ConfigError, conf_dir

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logged import dumps, objects
 
-from xlstm_scaling.published.reader import ADMITTED, PickleError, load_pickle, loads_pickle
+from xlstm_scaling.published.pickle_objects import ADMITTED, PickleError
+from xlstm_scaling.published.reader import load_pickle, loads_pickle
 
 PROTO, STOP = b"\x80\x04", b"."
 

@@ -71,9 +71,16 @@ def test_each_finding_carries_its_number_and_its_table():
     assert "by 12%" in text
     assert "goes from 0.40 to 0.40" in text  # the fit at its bound does not count
     assert "the lines are not parallel" in text
-    assert "2 runs diverged" in text or "diverged or failed" in text
     assert "orders of magnitude less than the smallest budget of the paper" in text
     assert table.source.str.len().gt(0).all()
+
+
+def test_lost_runs_are_counted_and_named():
+    runs = tables()["runs"]
+    lost = runs.run_id[runs.status == "diverged"]
+    assert f"{len(lost)} runs diverged or failed and are left out of every fit: {', '.join(lost)}." in statements()
+    fine = findings(tables() | {"runs": runs.assign(status="ok")})
+    assert "No run diverged or failed." in list(fine.statement)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_optima_invert_the_power_laws():
     """N* = H^0.5, D* = H^0.5 / 6 and no noise: a size N is best for H = N^2."""
     cells = [
         {"arch": "xlstm", "context_length": 512, "isoflop_tag": flops, "flops_mean": flops, "variable": variable,
-         "status": "ok", "x_opt": flops**0.5 / (1 if variable == "num_params" else 6)}
+         "status": "ok", "loss_opt": 3.0, "x_opt": flops**0.5 / (1 if variable == "num_params" else 6)}
         for flops in (1e16, 1e18, 1e20) for variable in ("num_params", "num_tokens")
     ]  # fmt: skip
     isoflop = pd.DataFrame(cells)

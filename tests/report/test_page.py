@@ -282,9 +282,9 @@ def test_the_published_study(paper, tmp_path):
     """A part of the real ledger: what the page says is what the claims say."""
     import yaml
 
-    import xlstm_scaling.published.claims_inference  # noqa: F401 (enters its answers)
-    from xlstm_scaling.published.claims import build_ledger, load_claims
-    from xlstm_scaling.published.claims_answers import FUNCTIONS, Evidence
+    from xlstm_scaling.published.claims.answers import FUNCTIONS
+    from xlstm_scaling.published.claims.evidence import Evidence
+    from xlstm_scaling.published.claims.ledger import build_ledger, load_claims
     from xlstm_scaling.published.ingest import ingest
     from xlstm_scaling.study.config import conf_dir
 

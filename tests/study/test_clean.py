@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from xlstm_scaling import cli
-from xlstm_scaling.study import plan as planning
+from xlstm_scaling.study import run_spec
 from xlstm_scaling.study.clean import leftovers
 from xlstm_scaling.study.locks import Owner, folder_locked, lock_path
 from xlstm_scaling.study.plan import plan_runs
@@ -36,7 +36,7 @@ def results(tmp_path, specs, monkeypatch):
     for spec in specs[:3]:
         leave(results / "runs" / spec.run_id, spec)
     with monkeypatch.context() as patched:
-        patched.setattr(planning, "BEHAVIOUR_VERSION", planning.BEHAVIOUR_VERSION - 1)
+        patched.setattr(run_spec, "BEHAVIOUR_VERSION", run_spec.BEHAVIOUR_VERSION - 1)
         old = replace(specs[0])
         leave(results / "runs" / old.run_id, old)
     log = results / "logs" / "runs" / f"{old.run_id}.log"

@@ -50,6 +50,24 @@ def test_a_study_without_its_first_line_is_explained(tmp_path, monkeypatch):
         compose(["study=mine"])
 
 
+def test_a_setting_that_stands_in_no_file_can_be_overridden(tmp_path, monkeypatch):
+    """It has a default in its schema; several at once, and a value of the wrong type is still named."""
+    conf = shutil.copytree(conf_dir(), tmp_path / "conf")
+    path = conf / "study" / "smoke.yaml"
+    text = path.read_text()
+    path.write_text(text.replace(", num_heads: null, learning_rate: null", ""))
+    assert path.read_text() != text
+    monkeypatch.setenv("XLSTM_SCALING_CONF", str(conf))
+    study = ["study=smoke", "study.sizes.d16b1.learning_rate=0.01"]
+    sizes = compose([*study, "study.sizes.d24b1.num_heads=2"]).study.sizes
+    assert (sizes.d16b1.learning_rate, sizes.d16b1.num_heads) == (0.01, None)
+    assert (sizes.d24b1.learning_rate, sizes.d24b1.num_heads) == (None, 2)
+    with pytest.raises(ConfigError, match=r"^study\.sizes\.d24b1\.learning_rate: "):
+        compose([*study, "study.sizes.d24b1.learning_rate=fast"])
+    with pytest.raises(ConfigError, match=r"no setting study\.sizes\.d24b1\.num_head; did you mean"):
+        compose([*study, "study.sizes.d24b1.num_head=2"])
+
+
 def test_overrides_in_any_form():
     expected = ["study=smoke", "training.seed=2"]
     assert normalise_overrides(expected) == expected

@@ -10,7 +10,8 @@ from xlstm_scaling import cli
 from xlstm_scaling.accounting.hardware import find_device
 from xlstm_scaling.study.config import ConfigError, compose
 from xlstm_scaling.study.cost import RECORD_BYTES, Rates, device_speeds, makespan_s, study_cost, training_jobs
-from xlstm_scaling.study.plan import find_trunks, plan_runs
+from xlstm_scaling.study.plan import plan_runs
+from xlstm_scaling.study.run_spec import find_trunks
 
 H100 = find_device("h100")
 
@@ -131,6 +132,16 @@ def test_more_devices_a_run_than_there_are(paper_config, tmp_path):
     with pytest.raises(ConfigError, match="--count"):
         study_cost(config, tmp_path, Rates(H100, 4))
     assert study_cost(config, tmp_path, Rates(H100, 64)).longest_run["devices"] == 8
+
+
+def test_a_size_that_is_left_out_costs_nothing(tmp_path):
+    """`inference.untrained.<name>: null` takes a size out of what is measured."""
+    config = compose(["study=smoke"])
+    name = next(iter(config.inference.untrained))
+    without, other = compose(["study=smoke", f"inference.untrained.{name}=null"]), f"~inference.untrained.{name}"
+    costs = [study_cost(each, tmp_path, Rates()) for each in (config, without, compose(["study=smoke", other]))]
+    flops = [row(cost, "inference").flops for cost in costs]
+    assert flops[0] > flops[1] == flops[2] > 0
 
 
 def test_the_command(tmp_path, capsys):

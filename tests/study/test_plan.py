@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 
 from xlstm_scaling.accounting import training_flops
 from xlstm_scaling.study.config import compose
-from xlstm_scaling.study.plan import (
-    PlanError,
-    Planner,
-    RunSpec,
-    nearest_ratio,
-    plan_runs,
-    plan_table,
-    plan_warnings,
-)
+from xlstm_scaling.study.plan import PlanError, Planner, nearest_ratio, plan_runs, plan_table, plan_warnings
+from xlstm_scaling.study.run_spec import RunSpec
 
 
 @pytest.fixture(scope="module")

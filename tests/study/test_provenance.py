@@ -119,6 +119,7 @@ def test_the_command(study, tiny_overrides, capsys):
 def test_the_digest_of_the_sources_follows_them(tmp_path, monkeypatch):
     from xlstm_scaling.study import code
 
+    code_folder = code.PACKAGE
     monkeypatch.setattr(code, "PACKAGE", tmp_path)
     (tmp_path / "a.py").write_text("1")
     first = source_digest()
@@ -126,3 +127,9 @@ def test_the_digest_of_the_sources_follows_them(tmp_path, monkeypatch):
     second = source_digest()
     (tmp_path / "notes.md").write_text("nothing")
     assert source_digest() == second != first
+    suffixes = {path.suffix for path in code_folder.rglob("*.?pp")}
+    assert suffixes == {".cpp", ".hpp"}
+    for suffix in suffixes:
+        before = source_digest()
+        (tmp_path / f"c{suffix}").write_text("1")
+        assert source_digest() != before, suffix

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 
 from xlstm_scaling.accounting import count_flops
 from xlstm_scaling.accounting.memory import Layout, training_memory
-from xlstm_scaling.study import resources, slurm
+from xlstm_scaling.study import launch, resources
 from xlstm_scaling.study.config import ConfigError, check, compose, to_dict
-from xlstm_scaling.study.plan import find_trunks, plan_runs
+from xlstm_scaling.study.plan import plan_runs
+from xlstm_scaling.study.run_spec import find_trunks
 
 
 def jobs(specs, hardware, folder, trunks=()):
@@ -49,7 +50,7 @@ def test_wall_time_is_the_closed_form_and_grows_with_flops_and_attempts(hardware
     asked = jobs(runs, hardware, tmp_path)
     forward = count_flops(run.model_shape, run.context_length).forward / run.context_length
     for spec in runs:
-        flops = spec.num_flops + run.validation["max_tokens"] * (run.validation["evaluations"] + 1) * forward
+        flops = spec.num_flops + run.validation["max_tokens"] * run.validation["evaluations"] * forward
         expected_s = flops / hardware.flops_per_s
         assert asked.time_s(spec.run_id) == pytest.approx(expected_s, rel=1e-12)
         for attempt, more in ((1, 1.0), (2, 1.5), (3, 2.0)):
@@ -174,29 +175,29 @@ def test_settings_that_make_no_sense_are_refused(smoke, changes, message):
 def test_launchers():
     words = ["--results", "r", "--run", "x"]
     environment = {"SLURM_JOB_ID": "12007", "SLURM_NODEID": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.5"}
-    one = slurm.launch_command(words, 1, 1, 16, False, environment)
+    one = launch.launch_command(words, 1, 1, 16, False, environment)
     assert one[1:] == ["-m", "xlstm_scaling.cli", "train", *words]
-    node = slurm.launch_command(words, 1, 8, 16, False, environment)
-    assert node[2] == "torch.distributed.run"
+    node = launch.launch_command(words, 1, 8, 16, False, environment)
+    assert node[2] == "xlstm_scaling.training.torchrun"
     assert "--standalone" in node
-    several = slurm.launch_command(words, 4, 8, 16, False, environment)
+    several = launch.launch_command(words, 4, 8, 16, False, environment)
     assert several[0] == "srun"
     assert several[several.index("--nodes") + 1] == several[several.index("--ntasks") + 1] == "4"
     assert several[several.index("--cpus-per-task") + 1] == "16"
-    task = slurm.launch_command(words, 4, 8, 16, True, environment)
+    task = launch.launch_command(words, 4, 8, 16, True, environment)
     pairs = dict(pairwise(task))
     assert (pairs["--nnodes"], pairs["--nproc-per-node"], pairs["--node-rank"]) == ("4", "8", "1")
     assert pairs["--master-addr"] == "10.0.0.5"
-    ports = {slurm.rendezvous(environment | {"SLURM_JOB_ID": str(job)})[2] for job in range(1000)}
+    ports = {launch.rendezvous(environment | {"SLURM_JOB_ID": str(job)})[2] for job in range(1000)}
     assert len(ports) == 1000  # neighbours on a node do not meet
     assert all(1024 < port < 32768 for port in ports)
 
 
 def test_caches_lie_on_the_node_and_belong_to_versions():
-    first = slurm.node_local_caches({}, {"torch": "2.13"})
+    first = launch.node_local_caches({}, {"torch": "2.13"})
     assert set(first) == {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"}
-    assert first != slurm.node_local_caches({}, {"torch": "2.14"})
-    assert "TRITON_CACHE_DIR" not in slurm.node_local_caches({"TRITON_CACHE_DIR": "/mine"}, {})
+    assert first != launch.node_local_caches({}, {"torch": "2.14"})
+    assert "TRITON_CACHE_DIR" not in launch.node_local_caches({"TRITON_CACHE_DIR": "/mine"}, {})
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def job(tmp_path, monkeypatch):
 
 
 def start_job(*words):
-    command = [sys.executable, "-m", "xlstm_scaling.study.slurm", "--", *map(str, words), "--quiet", "--uncertified"]
+    command = [sys.executable, "-m", "xlstm_scaling.study.launch", "--", *map(str, words), "--quiet", "--uncertified"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 

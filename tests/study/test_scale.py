@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig
 
 from xlstm_scaling.study import config as configuration
-from xlstm_scaling.study import plan
+from xlstm_scaling.study import run_spec
 from xlstm_scaling.study.workflow import WorkflowStudy
 
 
@@ -36,9 +36,9 @@ def parse(overrides, count, results, monkeypatch):
     """What Snakemake asks of a study, run by run -> how often the costly things happened, and the runs."""
     counts = Counter()
     with monkeypatch.context() as patched:
-        counted(patched, configuration, "check", counts)
+        counted(patched, configuration, "keep_composed", counts)
         counted(patched, DictConfig, "__getattr__", counts)
-        counted(patched, plan, "digest", counts)
+        counted(patched, run_spec, "digest", counts)
         for name in ("exists", "is_file", "stat", "open", "glob", "iterdir"):
             counted(patched, Path, name, counts)
         workflow = study(overrides, count, results)
@@ -62,7 +62,7 @@ def test_what_a_run_costs_is_bounded(tiny_overrides, tmp_path, monkeypatch, fini
     few, small = parse(tiny_overrides, 40, tmp_path, monkeypatch)
     many, large = parse(tiny_overrides, 400, tmp_path, monkeypatch)
     assert large - small > 300
-    assert few["check"] == many["check"] == 1  # Hydra composes once
+    assert few["keep_composed"] == many["keep_composed"] == 1  # one configuration is composed, or read
     assert few["__getattr__"] == many["__getattr__"]  # and what is read for each run is plain
     assert many["digest"] - few["digest"] <= 400 - 40  # the identity of a planned run is computed once
     # whether its result is there, for its inputs and for the speeds of finished runs; and what those say

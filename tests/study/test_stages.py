@@ -10,7 +10,7 @@ import pytest
 from xlstm_scaling import cli, stages
 from xlstm_scaling.cli import run_command
 from xlstm_scaling.study.paths import StudyPaths
-from xlstm_scaling.study.plan import plan_runs
+from xlstm_scaling.study.plan import PlanError, plan_runs
 from xlstm_scaling.study.runs import TableError, read_runs, validate_runs
 from xlstm_scaling.study.status import study_status
 
@@ -119,6 +119,15 @@ def test_status_tells_running_failed_diverged_and_stopped_apart(study, tiny_conf
     rates = [1000.0 * spec.flops_per_step / spec.batch_sequences / spec.context_length for spec in specs[:4]]
     left = sum(spec.num_flops for spec in unfinished) - 3 * sum(spec.flops_per_step for spec in (specs[0], *specs[2:4]))
     assert min(rates) <= left / status.seconds_left <= max(rates)
+
+
+def test_a_plan_of_other_code_is_refused(study, tmp_path):
+    content = json.loads((study.plan / "plan.json").read_text())
+    content["runs"][0]["setting_of_long_ago"] = 1
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="of other code than this: run the stage `plan` again"):
+        stages.load_plan(path)
 
 
 def test_the_end_of_a_log_is_shown_without_progress_bars(tmp_path):

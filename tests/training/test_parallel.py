@@ -3,23 +3,30 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from omegaconf import OmegaConf
 from processes import initial_weights, refused, run_processes, train_runs, train_shared, train_stopped
 from torch.autograd.graph import saved_tensors_hooks
 
-from xlstm_scaling.study.errors import Preempted
-from xlstm_scaling.study.plan import TrunkSpec, plan_runs
+from xlstm_scaling.study.errors import EXIT_PREEMPTED, Preempted
+from xlstm_scaling.study.plan import plan_runs
+from xlstm_scaling.study.run_spec import TrunkSpec
+from xlstm_scaling.study.schemas import HardwareConfig
 from xlstm_scaling.training.checkpoint import CheckpointError, load_file
 from xlstm_scaling.training.execution import Execution
 from xlstm_scaling.training.parallel import Parallel, ParallelError, shard_degree
 from xlstm_scaling.training.run import train
 from xlstm_scaling.training.sharded import Checkpoints, read_manifest
+from xlstm_scaling.training.torchrun import were_stopped
 from xlstm_scaling.training.trainer import build_run_model
 
 QUIET = Execution(progress=False)
@@ -341,23 +348,53 @@ def test_a_trunk_of_two_devices_has_branches_for_one(specs, tokens_folder, tmp_p
         assert_same_run(folder / "branch", folder / "alone")
 
 
-@pytest.mark.slow
-def test_torchrun_trains_a_run_of_a_plan(specs, tokens_folder, tiny_tokens, alone, tmp_path):
-    from omegaconf import OmegaConf
-
-    from xlstm_scaling.study.config import HardwareConfig
-
-    spec = specs["transformer"]
+def launch(spec, tiny_tokens, results):
+    """The command by which the workflow trains a run of a plan on two devices of this machine."""
     hardware = OmegaConf.to_container(OmegaConf.structured(HardwareConfig)) | {"shard": "full"}
-    plan = tmp_path / "plan.json"
+    plan = results / "plan.json"
     plan.write_text(json.dumps({"hardware": hardware, "runs": [asdict(spec)], "study": "t", "corpus": "c"}))
-    (tmp_path / "tokens").symlink_to(tiny_tokens / "tokens")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "--", "xlstm_scaling.cli", "train", "--results", str(tmp_path), "--plan", str(plan)]
-    command += ["--run", spec.run_id, "--quiet", "--uncertified"]
+    (results / "tokens").symlink_to(tiny_tokens / "tokens")
+    words = ["--results", str(results), "--plan", str(plan), "--run", spec.run_id, "--quiet", "--uncertified"]
+    return [sys.executable, "-m", "xlstm_scaling.study.launch", "--devices", "2", "--", *words]
+
+
+@pytest.mark.exhaustive
+def test_the_launcher_trains_a_run_of_a_plan(specs, tokens_folder, tiny_tokens, alone, tmp_path):
+    spec = specs["transformer"]
+    command = launch(spec, tiny_tokens, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 1
     folder = tmp_path / "runs" / spec.run_id
     assert json.loads((folder / "result.json").read_text())["devices"] == 2
     assert_same_run(folder, alone["transformer"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["a process", pytest.param("the launcher", marks=pytest.mark.exhaustive)])
+def test_the_launcher_says_that_a_run_was_stopped(specs, tiny_tokens, tmp_path, told):
+    """Status 85 and a checkpoint of both devices, where torchrun itself would end with 1; nobody is left."""
+    spec = replace(specs["transformer"], num_train_steps=2_000)
+    command = launch(spec, tiny_tokens, tmp_path)
+    folder = tmp_path / "runs" / spec.run_id
+    history_file = folder / "history.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while process.poll() is None and not (history_file.is_file() and history_file.stat().st_size):
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in family if {"RANK"} & child.environ().keys()]
+        (process if told == "the launcher" else workers[-1]).terminate()
+        text = process.communicate()[0]
+    assert process.returncode == EXIT_PREEMPTED, text
+    assert len(workers) == 2
+    assert not any(child.is_running() for child in family)
+    (checkpoint,) = (folder / "checkpoints").glob("step-*.sharded")
+    assert read_manifest(checkpoint)
+    assert not (folder / "failure.json").exists()
+
+
+def test_only_runs_that_were_asked_to_stop_count_as_stopped():
+    assert were_stopped([EXIT_PREEMPTED, EXIT_PREEMPTED])
+    assert were_stopped([EXIT_PREEMPTED, -signal.SIGTERM])
+    assert not were_stopped([EXIT_PREEMPTED, 1])
+    assert not were_stopped([-signal.SIGTERM, -signal.SIGKILL])

@@ -68,6 +68,15 @@ def test_a_run_learns_and_leaves_its_result(spec, uninterrupted):
     assert all(0 < e["mfu"] < 1.5 and e["tokens_per_s"] > 0 and e["learning_rate"] > 0 for e in entries)
 
 
+def test_the_held_out_tokens_are_read_as_often_as_is_said(spec, tokens_folder, tmp_path, monkeypatch):
+    """`evaluations` times, the last at the end: what costs and times of jobs count (`RunSpec.validation_flops`)."""
+    spec = replace(spec, num_train_steps=30, validation=spec.validation | {"evaluations": 3})
+    validate, read = Trainer.validate, []
+    monkeypatch.setattr(Trainer, "validate", lambda self: read.append(self.step) or validate(self))
+    train(spec, tokens_folder, tmp_path, QUIET)
+    assert read == [10, 20, 30]
+
+
 def test_the_trained_model_loads_and_has_the_loss(spec, tokens_folder, uninterrupted):
     folder, result = uninterrupted
     trainer = Trainer(spec, Run(spec, tokens_folder, folder, QUIET).dataset, QUIET)
@@ -123,6 +132,7 @@ def test_killed_between_checkpoints(spec, tokens_folder, uninterrupted, tmp_path
     assert_same(tmp_path, uninterrupted[0])
 
 
+@pytest.mark.parametrize("spec", ["xlstm", pytest.param("transformer", marks=pytest.mark.exhaustive)], indirect=True)
 def test_same_bits_in_another_process_with_a_busy_neighbour(spec, tokens_folder, uninterrupted, tmp_path, tiny_tokens):
     """As a fresh process, forked from a warm one, two at once."""
     plan = tmp_path / "plan.json"
@@ -130,7 +140,7 @@ def test_same_bits_in_another_process_with_a_busy_neighbour(spec, tokens_folder,
 
     from omegaconf import OmegaConf
 
-    from xlstm_scaling.study.config import HardwareConfig
+    from xlstm_scaling.study.schemas import HardwareConfig
 
     hardware = OmegaConf.to_container(OmegaConf.structured(HardwareConfig))
     plan.write_text(json.dumps({"hardware": hardware, "runs": [asdict(spec)], "study": "t", "corpus": "c"}))
@@ -232,7 +242,7 @@ def test_sigterm_saves_and_exits_with_its_code(tiny_config, tiny_tokens, tmp_pat
 
     from omegaconf import OmegaConf
 
-    from xlstm_scaling.study.config import HardwareConfig
+    from xlstm_scaling.study.schemas import HardwareConfig
 
     long = next(r for r in plan_runs(tiny_config) if r.arch == "transformer")
     long = replace(long, num_train_steps=100_000)

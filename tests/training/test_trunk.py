@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from xlstm_scaling.study.config import compose
-from xlstm_scaling.study.plan import TrunkSpec, find_trunks, plan_runs
+from xlstm_scaling.study.plan import plan_runs
+from xlstm_scaling.study.run_spec import TrunkSpec, find_trunks
 from xlstm_scaling.training.branch import branch_path
 from xlstm_scaling.training.checkpoint import load_file
 from xlstm_scaling.training.execution import Execution

@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from calls import REPOSITORY, planned, snakemake
+from calls import REPOSITORY, planned, session, snakemake
 
 #: in place of the certification, which takes seconds: every kernel passes, or is refused with these words
 CERTIFY_AT_ONCE = """
@@ -58,7 +58,7 @@ def test_training_waits_for_the_certificate_and_heeds_it(tiny_overrides, text_fo
     def run(*targets, check=True, **variables):
         return snakemake(
             *targets, *words, cwd=tmp_path, conf=os.environ["XLSTM_SCALING_CONF"], check=check, repository=copy,
-            PYTHONPATH=str(package.parent), **variables,
+            PYTHONPATH=str(package.parent), **session(), **variables,
         )  # fmt: skip
 
     text = run("-n", "train")
@@ -78,6 +78,9 @@ def test_training_waits_for_the_certificate_and_heeds_it(tiny_overrides, text_fo
     assert jobs == {"certify": 1}
     text = run(first, second, check=False, TEST_FAILURE="dq is off by 1.0 in case 'odd length'")
     assert "failed its certification and is refused: dq is off by 1.0 in case 'odd length'" in text
+    assert "runs that failed or were stopped: 1\n" in text
+    assert f"{runs[1]}.log ends with" in text
+    assert "xlstm-scaling report --results results study=tiny" in text
     assert not (tmp_path / second).exists()
     assert (tmp_path / first).exists()
     # as the message says: mended, certified, trained

@@ -15,8 +15,10 @@ from planted import planted_measurements, planted_runs
 from xlstm_scaling.published.upstream import blob_id
 
 FAST = [
-    *("fitting=smoke", "fitting.num_resamples=20", "inference.runtime_model.num_resamples=10"),
+    *("fitting=smoke", "fitting.num_resamples=20", "inference.runtime_model.num_resamples=2"),
     *("fitting.surface.forms=[gamma_fixed]", "figures.dpi=60"),
+    # some; a trained study draws all (test_workflow.py)
+    "figures.only=[loss_vs_flops,loss_map,power_laws,ttft,runtime_residuals]",
 ]
 
 
@@ -96,7 +98,7 @@ def test_downloads_are_checked_by_their_published_ids(tmp_path):
         assert (tmp_path / "results" / "downloads" / name).read_bytes() == content
     assert "Nothing to be done" in snakemake("-n", "download", **given)
     (mirror / "isoflop_wandb_data.pkl").write_bytes(b"other runs")
-    text = snakemake("download", "--forcerun", "download_file", check=False, **given)
+    text = snakemake("results/downloads/isoflop_wandb_data.pkl", "--forcerun", "download_file", check=False, **given)
     assert "not kept" in text
     assert not (tmp_path / "results" / "downloads" / "isoflop_wandb_data.pkl").exists()
     assert (tmp_path / "results" / "downloads" / "inference_results_df_dict.pkl").exists()
@@ -113,16 +115,16 @@ def test_without_measurements_inference_is_left_out(tmp_path, paper):
 
 @pytest.fixture(scope="module")
 def finished(paper, tmp_path_factory):
-    """The planted folder run to its report."""
+    """The planted folder run to its report; Snakemake's own is that of any study (test_workflow.py)."""
     folder = tmp_path_factory.mktemp("study")
-    snakemake(cwd=folder, paper=paper)
+    snakemake("report", cwd=folder, paper=paper)
     return folder
 
 
 @pytest.mark.slow
 def test_a_folder_runs_to_its_report_and_then_rests(finished, paper):
     study = finished / "results" / "paper-published"
-    for name in ("report.html", "workflow-report.html"):
+    for name in ("report.html", "explorer.html"):
         assert (study / name).stat().st_size > 300_000, name
     for name in ("loss_vs_flops", "loss_map", "power_laws", "ttft", "runtime_residuals"):
         assert (study / "figures" / f"{name}.png").stat().st_size > 1000
@@ -139,7 +141,7 @@ def test_a_folder_runs_to_its_report_and_then_rests(finished, paper):
     assert "tokenparam_mlstm_wandb_data.pkl" in findings  # named as missing
     assert len(pd.read_csv(study / "claims" / "claims.csv")) > 10
     assert not (finished / "results" / "tokens").exists()
-    assert "Nothing to be done" in snakemake("-n", cwd=finished, paper=paper)
+    assert "Nothing to be done" in snakemake("-n", "report", cwd=finished, paper=paper)
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ rule evaluate:
         study.evaluation_files,
         paths.evaluation / "length.csv",
     log:
-        LOGS / study.config.study.name / "evaluate.log",
+        LOGS / paths.study.name / "evaluate.log",
     benchmark:
-        LOGS / study.config.study.name / "evaluate.tsv"
+        LOGS / paths.study.name / "evaluate.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
     threads: study.config.hardware.threads_per_run

@@ -7,9 +7,9 @@ rule inference:
     output:
         study.inference_files,
     log:
-        LOGS / study.config.study.name / "inference.log",
+        LOGS / paths.study.name / "inference.log",
     benchmark:
-        LOGS / study.config.study.name / "inference.tsv"
+        LOGS / paths.study.name / "inference.tsv"
     conda:
         "../envs/xlstm-scaling.yaml"
     threads: workflow.cores

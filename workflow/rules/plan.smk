@@ -1,4 +1,5 @@
 rule plan:
+    """The grid as a plan of runs, each with its size, tokens, recipe and identity."""
     input:
         tokens=paths.tokens / "meta.json",
     output:
@@ -12,9 +13,9 @@ rule plan:
         parquet=paths.plan / "plan.parquet",
         config=paths.plan / "config.yaml",
     log:
-        LOGS / study.config.study.name / "plan.log",
+        LOGS / paths.study.name / "plan.log",
     benchmark:
-        LOGS / study.config.study.name / "plan.tsv"
+        LOGS / paths.study.name / "plan.tsv"
     localrule: True
     conda:
         "../envs/xlstm-scaling.yaml"

@@ -29,7 +29,7 @@ rule ingest:
     input:
         files=study.published_files,
         settings=study.published_settings,
-        code=study.ingest_code,
+        code=study.code("published"),
     output:
         csv=report(
             paths.study / "runs.csv",
@@ -104,7 +104,7 @@ rule claims:
         fits=study.fit_files(".parquet"),
         inference=study.published_measurements,
         claims=study.claims,
-        code=study.code("published", "claims*.py"),
+        code=study.code("published/claims"),
     output:
         html=report(
             paths.claims / "claims.html",

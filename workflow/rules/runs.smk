@@ -13,9 +13,9 @@ rule runs:
         parquet=paths.study / "runs.parquet",
         curves=paths.study / "curves.parquet",
     log:
-        LOGS / study.config.study.name / "runs.log",
+        LOGS / paths.study.name / "runs.log",
     benchmark:
-        LOGS / study.config.study.name / "runs.tsv"
+        LOGS / paths.study.name / "runs.tsv"
     localrule: True
     conda:
         "../envs/xlstm-scaling.yaml"

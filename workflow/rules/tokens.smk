@@ -1,4 +1,5 @@
 rule tokens:
+    """Text as a tokenizer and token shards, shared by all studies that read it."""
     input:
         text=study.text_files,
     output:

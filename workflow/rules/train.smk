@@ -1,13 +1,13 @@
-# several devices a run: a process each, by torchrun (docs/distribution.md)
+# several devices a run: a process each (docs/distribution.md)
 DEVICES = study.config.hardware.devices_per_run
 JOBS = study.resources
 if "SLURM_JOB_ID" in os.environ and workflow.remote_exec:
     # a job of the profile slurm: it may have several nodes, and goes on in a next job where it is stopped
-    TRAIN = f"exec python -m xlstm_scaling.study.slurm {JOBS.launcher}"
+    TRAIN = f"exec python -m xlstm_scaling.study.launch {JOBS.launch_options(study.config.hardware.nodes_per_run)}"
 elif DEVICES == 1:
     TRAIN = "xlstm-scaling train"
 else:
-    TRAIN = f"torchrun --standalone --nproc-per-node {DEVICES} -m -- xlstm_scaling.cli train"
+    TRAIN = f"exec python -m xlstm_scaling.study.launch {JOBS.launch_options(nodes=1)}"
 
 
 rule train:

@@ -34,9 +34,9 @@ def add_certify_arguments(parser: argparse.ArgumentParser) -> None:
 def run_certify(args: argparse.Namespace) -> int:
     """Certify; 1 where a kernel fails."""
     if args.compile:
-        from xlstm_scaling.kernels.compilation import compile_command
+        from xlstm_scaling.kernels.compile_command import run_compile
 
-        return compile_command(args)
+        return run_compile(args)
     import torch
 
     from xlstm_scaling.kernels.certification.run import certify

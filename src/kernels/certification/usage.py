@@ -13,7 +13,7 @@ from xlstm_scaling.kernels.certification.certificate import (
     require_certified,
 )
 from xlstm_scaling.kernels.registry import select
-from xlstm_scaling.study.plan import RunSpec
+from xlstm_scaling.study.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
 

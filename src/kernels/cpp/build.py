@@ -20,10 +20,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from xlstm_scaling.study.machine import CACHE_VARIABLE, cache_folder, cpu_flags
+
 #: the sources; ``.hpp`` are included by them
 FOLDER = Path(__file__).parent
-#: folder of compiled libraries; by default ~/.cache/xlstm-scaling
-CACHE_VARIABLE = "XLSTM_SCALING_CACHE"
 #: 0: compile nothing and do without
 SWITCH_VARIABLE = "XLSTM_SCALING_CPP"
 #: seconds after which a compiler is given up
@@ -43,12 +43,6 @@ def compiler() -> list[str] | None:
         return shlex.split(os.environ["CXX"])
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return found and [found]
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "xlstm-scaling"
 
 
 def library_path(name: str, *defines: str) -> Path:
@@ -94,8 +88,6 @@ def usable(name: str) -> bool:
 
 
 def _instruction_sets() -> str:
-    from xlstm_scaling.study.machine import cpu_flags
-
     return " ".join(sorted(cpu_flags()))
 
 

@@ -14,8 +14,8 @@ import pandas as pd
 
 from xlstm_scaling.accounting import label, ordered
 from xlstm_scaling.figures.style import flops
-from xlstm_scaling.report.comparison import most_points
-from xlstm_scaling.report.findings import MIN_RUNS_FOR_SLOPES, VARIABLES, equal_loss_rows
+from xlstm_scaling.report.comparison import VARIABLES, most_points
+from xlstm_scaling.report.findings import MIN_RUNS_FOR_SLOPES, equal_loss_rows, step_time_growth
 
 AHEAD, DIFFER, EVEN, TOLD = "ahead", "differ", "even", "told"
 
@@ -34,14 +34,17 @@ class Estimate:
 
     @property
     def has_interval(self) -> bool:
+        """Whether both ends are known."""
         return math.isfinite(self.lo) and math.isfinite(self.hi)
 
     @property
     def text(self) -> str:
+        """The number for people."""
         return f"{self.value:{self.form}}".replace("-", "−")
 
     @property
     def interval(self) -> str:
+        """The interval for people; "" where there is none."""
         return f"{self.lo:{self.form}} to {self.hi:{self.form}}".replace("-", "−") if self.has_interval else ""
 
 
@@ -224,16 +227,10 @@ def _overtraining(slopes: pd.DataFrame) -> Iterator[Card]:
 
 def _generation(measurements: pd.DataFrame) -> Iterator[Card]:
     """How the time of a step grows with what was read before it, for the largest model of each architecture."""
-    ok = measurements[(measurements.status == "ok") & (measurements.batch_size == measurements.batch_size.min())]
     estimates, spans = [], set()
-    for arch, rows in ok.groupby("arch", sort=False):
-        largest = rows[rows.num_params == rows.num_params.max()].sort_values("prefill_length")
-        if len(largest) < 2:
-            continue
-        first, last = largest.iloc[0], largest.iloc[-1]
-        growth = float(last.step_time_s / first.step_time_s)
-        label = f"{name_of(arch)}, {first.num_params:.2g} parameters, {1e3 * first.step_time_s:.2f} ms at first"
-        estimates.append(Estimate(label, growth, source="inference/measurements", arch=arch))
+    for first, last, growth in step_time_growth(measurements):
+        label = f"{name_of(first.arch)}, {first.num_params:.2g} parameters, {1e3 * first.step_time_s:.2f} ms at first"
+        estimates.append(Estimate(label, growth, source="inference/measurements", arch=first.arch))
         spans.add((int(first.prefill_length), int(last.prefill_length)))
     if not estimates:
         return

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from xlstm_scaling.published.claims import Verdict
-from xlstm_scaling.published.claims_page import number
+from xlstm_scaling.published.claims.ledger import Verdict
+from xlstm_scaling.published.claims.page import interval_text, published_text, value_text
 
 #: verdict -> (class of its badge, sign beside its name)
 TONES = {
@@ -19,7 +18,6 @@ TONES = {
     Verdict.FAULT: ("fault", "!"),
     Verdict.UNANSWERABLE: ("none", "?"),
 }
-_SIGN = {"equals": "", "above": "> ", "below": "< "}
 #: verdicts whose reasons are told
 TOLD = (Verdict.NOT_REPRODUCED, Verdict.UNANSWERABLE, Verdict.FAULT)
 
@@ -71,17 +69,13 @@ def ledger(table: pd.DataFrame) -> Ledger:
 
 def _claim(row: dict[str, Any]) -> Claim:
     tone, sign = TONES[Verdict(row["verdict"])]
-    unit = "" if row["unit"] == "1" else f" {row['unit']}"
-    ours = number(row["value"])
-    if math.isfinite(row["right_value"]):
-        ours += f" (right: {number(row['right_value'])})"
     return Claim(
         key=row["id"],
         topic=row["topic"],
         statement=row["statement"],
-        published=f"{_SIGN[row['relation']]}{number(row['published'])}{unit}",
-        ours=ours,
-        interval=f"{number(row['low'], 4)} to {number(row['high'], 4)}" if math.isfinite(row["low"]) else "",
+        published=published_text(row),
+        ours=value_text(row),
+        interval=interval_text(row),
         verdict=row["verdict"],
         tone=tone,
         sign=sign,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_scaling.figures.registry import FIGURES
-from xlstm_scaling.study.files import digest, read_json
+from xlstm_scaling.study.files import digest, file_sha256, read_json
 from xlstm_scaling.study.paths import StudyPaths
 from xlstm_scaling.study.provenance import provenance
 
@@ -45,6 +44,7 @@ class Origin:
 
     @property
     def anchor(self) -> str:
+        """The id of its entry on the page."""
         return anchor(self.name)
 
 
@@ -63,7 +63,7 @@ def origins(paths: StudyPaths, figures: Iterable[str]) -> list[Origin]:
             stem = paths.figures / name
             file = next(path for path in (stem.with_suffix(".svg"), stem.with_suffix(".png")) if path.is_file())
             found[name] = Origin(
-                name, "figure", _relative(file, paths), _sha256(file), "figures", sources=FIGURES[name].tables
+                name, "figure", _relative(file, paths), file_sha256(file), "figures", sources=FIGURES[name].tables
             )
             for table in FIGURES[name].tables:
                 if table not in found and (paths.study / f"{table}.parquet").is_file():
@@ -74,7 +74,7 @@ def origins(paths: StudyPaths, figures: Iterable[str]) -> list[Origin]:
         if file.is_file():
             sources = tuple(sorted(table for table in found if table.startswith("fits/"))) if stage == "claims" else ()
             csv = f"{name}.csv" if file.with_suffix(".csv").is_file() else ""
-            found[name] = Origin(name, "table", _relative(file, paths), _sha256(file), stage, csv, sources=sources)
+            found[name] = Origin(name, "table", _relative(file, paths), file_sha256(file), stage, csv, sources=sources)
     return sorted(found.values(), key=lambda origin: (origin.kind != "table", origin.name))
 
 
@@ -110,11 +110,6 @@ def _published(paths: StudyPaths) -> tuple[tuple[str, str], ...]:
 
 def _relative(path: Path, paths: StudyPaths) -> str:
     return path.relative_to(paths.study).as_posix()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def known_files(paths: StudyPaths) -> dict[str, str]:

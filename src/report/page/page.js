@@ -105,7 +105,7 @@ function revealTarget() {
 function printing() {
   let closed = [];
   addEventListener("beforeprint", () => {
-    closed = [...document.querySelectorAll("details:not([open])")];
+    closed = [...document.querySelectorAll("details:not([open], .settings)")];
     closed.forEach((box) => { box.open = true; });
   });
   addEventListener("afterprint", () => closed.forEach((box) => { box.open = false; }));

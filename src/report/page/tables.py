@@ -11,6 +11,8 @@ import pandas as pd
 
 #: rows that are shown
 ROWS = 12
+#: columns that fit on a sheet of paper
+PAPER_COLUMNS = 12
 #: table -> (title, columns in order; () for all of them)
 INTEREST: dict[str, tuple[str, tuple[str, ...]]] = {
     "runs": (
@@ -33,7 +35,13 @@ INTEREST: dict[str, tuple[str, tuple[str, ...]]] = {
     "fits/pareto_ratio": ("FLOPs for equal loss", ()),
     "fits/forecasts": ("Forecasts of larger budgets", ()),
     "optimal": ("Optimal size, tokens and compute", ()),
-    "evaluation/length": ("Loss by position", ()),
+    "evaluation/length": (
+        "Loss by position",
+        (
+            *("arch", "context_length", "num_params", "position_min", "position_max", "num_documents", "loss"),
+            *("loss_lo", "loss_hi", "reference_loss", "excess", "excess_lo", "excess_hi", "status", "detail"),
+        ),
+    ),
     "inference/measurements": (
         "Inference measurements",
         (
@@ -41,7 +49,14 @@ INTEREST: dict[str, tuple[str, tuple[str, ...]]] = {
             *("step_time_s", "step_time_s_lo", "step_time_s_hi", "peak_memory_bytes", "device", "status", "detail"),
         ),
     ),
-    "inference/runtime_model": ("Runtime models", ()),
+    "inference/runtime_model": (
+        "Runtime models",
+        (
+            *("arch", "quantity", "device", "dtype", "linear_flops_per_s", "mixing_flops_per_s", "weight_bytes_per_s"),
+            *("state_bytes_per_s", "overhead_s", "overhead_per_block_s", "mape_fit", "mape_held_out", "mape_noise"),
+            *("num_measurements", "status", "detail"),
+        ),
+    ),
 }
 
 
@@ -55,6 +70,11 @@ class Preview:
     rows: list[list[tuple[str, bool]]]
     num_rows: int
     csv: str
+
+    @property
+    def wide(self) -> bool:
+        """Whether paper is too narrow for it."""
+        return len(self.columns) > PAPER_COLUMNS
 
 
 def previews(tables: Mapping[str, pd.DataFrame]) -> list[Preview]:

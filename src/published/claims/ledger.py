@@ -1,7 +1,7 @@
 """The claims ledger: what the paper reports, joined with what we compute from its runs.
 
 A claim (conf/claims/*.yaml) holds a published number, its unit and source, a tolerance with a reason, and the answer
-function that computes it (`claims_answers`, `claims_inference`). Verdicts, the first that holds:
+function that computes it (`answers`). Verdicts, the first that holds:
 
 1. not answerable: the data for it are missing; `why` names them.
 2. authors' error (only rows with `fault`): repeating the fault gives the published number; the right one is beside.
@@ -280,7 +280,7 @@ def build_ledger(
 
     Args:
         claims: of `load_claims`.
-        evidence: the data, `claims_answers.Evidence`.
+        evidence: the data, `evidence.Evidence`.
         functions: answer functions by name.
         command: what a row's command starts with; its `--only` names the row.
         progress: called with the claim's id before it is answered.
@@ -305,7 +305,7 @@ def build_ledger(
             answer, verdict = Answer(NAN, note=note), Verdict.UNANSWERABLE
         rows.append(_row(claim, answer, verdict, command))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    text = pd.StringDtype(na_value=float("nan"))
+    text = pd.StringDtype(na_value=NAN)
     kinds = {name: text if name in _TEXT else "float64" for name in COLUMNS}
     return table.astype(kinds | {"n_runs": "int64", "independent": "bool"})
 

@@ -6,10 +6,6 @@ import argparse
 import logging
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +47,19 @@ def run_claims(args: argparse.Namespace) -> int:
     """Answer, write, report; 0 whatever the verdicts are. Errors are exceptions whose message says what to do."""
     from tqdm import tqdm
 
-    from xlstm_scaling.published import claims_inference
-    from xlstm_scaling.published.claims import build_ledger, load_claims, select_claims
-    from xlstm_scaling.published.claims_answers import FUNCTIONS, Evidence
-    from xlstm_scaling.published.claims_page import html_page, markdown_page, summary_counts
+    from xlstm_scaling.published.claims.answers import FUNCTIONS
+    from xlstm_scaling.published.claims.evidence import Evidence
+    from xlstm_scaling.published.claims.inference import read_measurements
+    from xlstm_scaling.published.claims.ledger import build_ledger, load_claims, select_claims
+    from xlstm_scaling.published.claims.page import html_page, markdown_page, summary_counts
     from xlstm_scaling.study.config import compose, conf_dir, to_dict
-    from xlstm_scaling.study.files import write_table, write_text_atomic
+    from xlstm_scaling.study.files import read_table, write_table, write_text_atomic
 
     if args.resamples < 2:
         raise ValueError(f"--resamples must be at least 2, not {args.resamples}")
     claims, titles = load_claims(args.claims or conf_dir() / "claims", FUNCTIONS)
     claims = select_claims(claims, args.only)
-    runs = _read(args.runs, "--runs")
+    runs = read_table(args.runs)
     if "selected" in runs.columns:
         runs = runs[runs["selected"].fillna(False).astype(bool)]
         if runs.empty:
@@ -74,8 +71,8 @@ def run_claims(args: argparse.Namespace) -> int:
     evidence = Evidence(
         runs,
         config,
-        None if curves is None else _read(curves, "--curves"),
-        None if table is None else claims_inference.read_measurements(table),
+        None if curves is None else read_table(curves),
+        None if table is None else read_measurements(table),
         _fits(args.fits),
     )
     options = {"--curves": curves, "--fits": args.fits, "--inference-table": table, "--claims": args.claims}
@@ -102,18 +99,6 @@ def run_claims(args: argparse.Namespace) -> int:
         log.warning("%s: %s", row.id, row.why)
     print(f"written to {args.out / 'claims.csv'}, .parquet, .md, .html")
     return 0
-
-
-def _read(path: Path, option: str) -> pd.DataFrame:
-    """A table of runs or curves, .parquet or .csv."""
-    import pandas as pd
-
-    readers = {".parquet": pd.read_parquet, ".csv": lambda file: pd.read_csv(file, low_memory=False)}
-    if path.suffix not in readers:
-        raise ValueError(f"{option} {path}: a table ends in .parquet or .csv")
-    if not path.is_file():
-        raise FileNotFoundError(f"{option} {path}: no such file")
-    return readers[path.suffix](path)
 
 
 def _inference_file(folder: Path | None) -> Path | None:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from xlstm_scaling.accounting import ModelShape, prefill_flops, step_bytes
 from xlstm_scaling.fitting.resampling import bootstrap_counts
 from xlstm_scaling.fitting.runtime_versions import doubling_growth, is_steady
+from xlstm_scaling.study.files import read_table
 
-from .claims import Answer, NotAnswerable
-from .claims_answers import Evidence, answer
+from .evidence import Evidence, answer
+from .ledger import NAN, Answer, NotAnswerable
 
 Array = NDArray[np.float64]
 REQUIRED = ("model_type", "model_tag", "batch_size", "prefill_length_tokens", "ttft_s", "step_time_s")
@@ -32,11 +33,9 @@ def read_measurements(path: Path) -> pd.DataFrame:
     """Return a table of measurements (.csv, .parquet).
 
     Raises:
-        ValueError: another ending, or a column of `REQUIRED` is absent.
+        FileNotFoundError, ValueError: of `read_table`, or a column of `REQUIRED` is absent.
     """
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{path}: a table of measurements ends in .csv or .parquet")
-    table = pd.read_csv(path, low_memory=False) if path.suffix == ".csv" else pd.read_parquet(path)
+    table = read_table(path)
     missing = [name for name in REQUIRED if name not in table.columns]
     if missing:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
@@ -180,8 +179,8 @@ def step_time_bandwidth(evidence: Evidence, size: str, beta: float) -> Answer:
         f"Rank {rank} of 3 columns; root mean square error {1e3 * errors[0]:.6f} ms at {beta:.3g} and at {-beta:.3g}."
     )
     if len(np.unique(pooled / batches)) <= len(np.unique(moved / batch)):
-        right = float("nan")
-    return Answer(beta if shown else float("nan"), n_runs=len(time), note=note, right=right, demonstrated=shown)
+        right = NAN
+    return Answer(beta if shown else NAN, n_runs=len(time), note=note, right=right, demonstrated=shown)
 
 
 @answer

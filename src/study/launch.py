@@ -1,11 +1,12 @@
-"""What training jobs do inside a Slurm job: start processes on its nodes, and go on in a next job where one is stopped.
+"""Starts the processes of a run, on one machine or on the nodes of a Slurm job, and says how the run ended.
 
-    python -m xlstm_scaling.study.slurm [--nodes N] [--devices D] [--cpus C] [--save-time S] -- TRAIN OPTIONS
+    python -m xlstm_scaling.study.launch [--nodes N] [--devices D] [--cpus C] [--save-time S] -- TRAIN OPTIONS
 
 One process of one node is started directly, several by torchrun, several nodes by srun and a torchrun each. A run that
-was asked to stop saves and ends with status 85 (`errors.EXIT_PREEMPTED`): if it has saved anything new, the job is put
-back into the queue under its own id (`scontrol requeue`), so that the workflow goes on waiting for it and no retry is
-used up; else the status is passed on. Imports the standard library only, as a cheap process around the costly ones.
+was asked to stop (SIGTERM; outside of Slurm Ctrl-C too) saves and ends with status 85 (`errors.EXIT_PREEMPTED`). In a
+Slurm job, if it has saved anything new, the job is put back into the queue under its own id (`scontrol requeue`), so
+that the workflow goes on waiting for it and no retry is used up; else the status is passed on. Imports the standard
+library only, as a cheap process around the costly ones.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def launch_command(
     """The command that trains with ``devices`` processes on each of ``nodes``, on ``cpus`` of each node; ``task``: on
     one of several nodes."""
     train = ["-m", "--", "xlstm_scaling.cli", "train", *words]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices)]
+    torchrun = [sys.executable, "-m", "xlstm_scaling.training.torchrun", "--nproc-per-node", str(devices)]
     if task:
         number, address, port = rendezvous(environment)
         static = ["--nnodes", str(nodes), "--node-rank", str(number)]
@@ -104,25 +105,35 @@ def launch_command(
 
 
 class _Asked:
-    """Notes SIGTERM, and hands it to a process that is not torchrun (which takes a second one for impatience)."""
+    """Notes that this process is asked to stop, and hands it on to the child once (torchrun takes a second signal for
+    impatience)."""
 
-    def __init__(self, forward: bool) -> None:
-        self.forward, self.asked, self.child = forward, False, None
-        signal.signal(signal.SIGTERM, self._note)
+    def __init__(self, hand_on: bool, numbers: Sequence[int]) -> None:
+        self.hand_on, self.asked, self.child = hand_on, False, None
+        for number in numbers:
+            signal.signal(number, self._note)
 
     def _note(self, *_: object) -> None:
         self.asked = True
-        if self.forward and self.child is not None:
+        self.tell()
+
+    def tell(self) -> None:
+        """SIGTERM to the child, if there is one that was not told yet."""
+        if self.hand_on and self.asked and self.child is not None:
+            self.hand_on = False
             with contextlib.suppress(ProcessLookupError):
                 self.child.send_signal(signal.SIGTERM)
 
 
-def supervise(command: Sequence[str], environment: Mapping[str, str], forward: bool) -> int:
-    """Run a command -> its exit status; 85 where it failed after this process was asked to stop."""
-    asked = _Asked(forward)
-    asked.child = subprocess.Popen(command, env=dict(environment))
-    if asked.asked:
-        asked._note()
+def supervise(command: Sequence[str], environment: Mapping[str, str], hand_on: bool, apart: bool) -> int:
+    """Run a command -> its exit status; 85 where it failed after this process was asked to stop.
+
+    ``hand_on``: the child is told so by this process; ``apart``: and by nobody else, as it is in a session of its own,
+    which Ctrl-C does not reach. Slurm signals all processes of a step, and finds them by their session.
+    """
+    asked = _Asked(hand_on, (signal.SIGTERM, signal.SIGINT) if apart else (signal.SIGTERM,))
+    asked.child = subprocess.Popen(command, env=dict(environment), start_new_session=apart)
+    asked.tell()  # of what came before there was a child
     status = asked.child.wait()
     if status and asked.asked:
         return EXIT_PREEMPTED
@@ -153,7 +164,7 @@ def requeue(job: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_scaling.study.slurm", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m xlstm_scaling.study.launch", description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=1, help="nodes of the run (default: 1)")
     parser.add_argument("--devices", type=int, default=1, help="processes on each node (default: 1)")
     parser.add_argument("--cpus", type=int, default=1, help="CPUs on each node (default: 1)")
@@ -165,12 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # a warm start server outside of this job would not be stopped, limited or accounted with it
     environment.pop("XLSTM_SCALING_SESSION", None)
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(round(args.save_time)))
-    environment |= node_local_caches(environment, _versions())
+    job = environment.get("SLURM_JOB_ID")
+    if job:
+        environment |= node_local_caches(environment, _versions())
     folder = run_folder(args.words)
     before = saved(folder)
     command = launch_command(args.words, args.nodes, args.devices, args.cpus, args.task, environment)
-    status = supervise(command, environment, forward=args.nodes * args.devices == 1)
-    job = environment.get("SLURM_JOB_ID")
+    status = supervise(command, environment, not job or args.nodes * args.devices == 1, not job)
     if status not in (0, EXIT_PREEMPTED) and not args.task:
         record_failure(folder, status)
     if status == EXIT_PREEMPTED and job and not args.task and saved(folder) - before:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
-from .claims import Verdict
+from .ledger import Verdict
 
 HEADERS = ("claim", "published", "ours", "interval", "without duplicates", "verdict", "why")
 _TINTS = {
@@ -41,22 +42,27 @@ def number(value: float, digits: int = 6) -> str:
     return f"{value:,.0f}" if value == round(value) and 1e3 <= abs(value) < 1e6 else f"{value:.{digits}g}"
 
 
-def _cells(row: pd.Series) -> list[str]:
-    interval = f"{number(row['low'], 4)} to {number(row['high'], 4)}" if math.isfinite(row["low"]) else ""
-    ours = number(row["value"])
-    if math.isfinite(row["right_value"]):
-        ours += f" (right: {number(row['right_value'])})"
+def published_text(row: Mapping[str, Any]) -> str:
+    """The published number of a row of the ledger, with its relation and unit."""
     unit = "" if row["unit"] == "1" else f" {row['unit']}"
-    published = f"{_SIGN[row['relation']]}{number(row['published'])}{unit}"
-    return [
-        row["statement"],
-        published,
-        ours,
-        interval,
-        number(row["value_without_duplicates"]),
-        row["verdict"],
-        row["why"],
-    ]
+    return f"{_SIGN[row['relation']]}{number(row['published'])}{unit}"
+
+
+def value_text(row: Mapping[str, Any]) -> str:
+    """Our number, and the right one where the authors' fault was repeated."""
+    right = f" (right: {number(row['right_value'])})" if math.isfinite(row["right_value"]) else ""
+    return number(row["value"]) + right
+
+
+def interval_text(row: Mapping[str, Any]) -> str:
+    """Our interval; nothing where there is none."""
+    return f"{number(row['low'], 4)} to {number(row['high'], 4)}" if math.isfinite(row["low"]) else ""
+
+
+def _cells(row: pd.Series) -> list[str]:
+    without = number(row["value_without_duplicates"])
+    shown = [published_text(row), value_text(row), interval_text(row), without]
+    return [row["statement"], *shown, row["verdict"], row["why"]]
 
 
 def _intro(ledger: pd.DataFrame, about: str) -> list[str]:
