@@ -124,20 +124,23 @@ def ratios(record: dict) -> list[tuple[str, float]]:
     result = record["result"]
     if record["benchmark"] == "decoding":
         rows = [row for row in result["rows"] if "ratio_transformers" in row]
-        return [(f"{NAMES[r['arch']]} {r['size']}, batch {r['batch']}", r["ratio_transformers"]) for r in rows]
+        return [
+            (f"{NAMES[r['arch']]} {r['size']}, batch {r['batch']}, {r['dtype']}", r["ratio_transformers"]) for r in rows
+        ]
     if record["benchmark"] == "training":
         return [(NAMES[arch], value) for arch, value in result["ratio"].items()]
     if record["benchmark"] == "norms_and_gates":
-        return [
-            (f"{r['op']} {'x'.join(map(str, r['size']))} {r['dtype']}, {r['threads']} threads", r["speedup"])
-            for r in result["rows"]
-        ]
+        return [(f"{r['op']} {'x'.join(map(str, r['size']))} {r['dtype']}", r["speedup"]) for r in result["rows"]]
+    if record["benchmark"] == "kernels":
+        found = [(name, target["value"]) for name, target in result["targets"].items() if name.startswith("cpu_mlstm")]
+        return [(name.removeprefix("cpu_mlstm_").replace("_", ", "), value) for name, value in found if value]
     return []
 
 
 PEERS = {
     "decoding": "decoding, against Hugging Face",
     "training": "training, against Hugging Face",
+    "kernels": "mLSTM on a CPU, against the better of mlstm_kernels' two",
     "norms_and_gates": "norms and gates, against autograd",
 }
 
@@ -183,33 +186,33 @@ def page(records: list[dict], figure: str | None) -> str:
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Ratios of the newest record of each benchmark, one panel each; a line at 1: as fast as the peer."""
+    """Ratios of each benchmark's last day, one panel each; a line at 1: as fast as the peer."""
     from matplotlib import ticker
     from matplotlib.figure import Figure
 
-    newest: dict[str, dict] = {}
+    days: dict[str, str] = {}
+    newest: dict[str, dict[str, float]] = {}
     for record in records:
-        if ratios(record):
-            newest.setdefault(record["benchmark"], record)
+        name = record["benchmark"]
+        if ratios(record) and days.setdefault(name, record["date"]) == record["date"]:
+            newest[name] = dict(ratios(record)) | newest.get(name, {})
     if not newest:
         return
-    heights = [len(ratios(record)) + 1.5 for record in newest.values()]
+    heights = [len(found) + 1.5 for found in newest.values()]
     fig = Figure(figsize=(8, 0.26 * sum(heights) + 0.6), layout="constrained")
     axes = fig.subplots(len(newest), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for ax, (name, record) in zip(axes, newest.items(), strict=True):
-        labels, values = zip(*ratios(record), strict=True)
+    for ax, (name, found) in zip(axes, newest.items(), strict=True):
+        labels, values = zip(*found.items(), strict=True)
         places = range(len(values))
-        ax.barh(places, [value - 1 for value in values], left=1, color="#4c72b0", height=0.6)
+        ax.barh(places, values, color="#4c72b0", height=0.6)
         for place, value in zip(places, values, strict=True):
-            ax.annotate(
-                f"{value:.2f}", (max(value, 1), place), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+            ax.annotate(f"{value:.2f}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
         ax.axvline(1, color="black", linewidth=0.8)
-        ax.set(yticks=places, yticklabels=labels, xlim=(min(0.9, *values), 1.12 * max(values)))
+        ax.set(yticks=places, yticklabels=labels, xlim=(0, 1.12 * max(1, *values)))
         ax.invert_yaxis()
         ax.tick_params(labelsize=8)
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6))
-        ax.set_title(f"{PEERS[name]} ({record['date']})", fontsize=10, loc="left")
+        ax.set_title(f"{PEERS[name]} ({days[name]})", fontsize=10, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("our speed over the peer's", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

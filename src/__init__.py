@@ -1,3 +1,3 @@
 """Scaling laws of xLSTM and Transformer language models, from text to figures."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
