@@ -13,11 +13,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from page_study import CAPTIONS, CONFIG, Page, make_ledger, make_study, page_of
 
+from xlstm_scaling.figures.tables import FigureError
 from xlstm_scaling.report.comparison import compare_studies, write_comparison
 from xlstm_scaling.report.page.answer import cards
 from xlstm_scaling.report.page.captions import caption, to_html
 from xlstm_scaling.report.page.pictures import embedded
-from xlstm_scaling.report.page.write import SECTIONS
+from xlstm_scaling.report.page.write import SECTIONS, write_page
 from xlstm_scaling.study.files import write_table
 from xlstm_scaling.study.paths import StudyPaths
 
@@ -276,6 +277,13 @@ def test_every_caption_reads_as_a_sentence():
         assert page.problems == [] and "snakemake." not in page.words and "{{" not in page.words
         assert page.words[0].isupper() or page.words[0] in "“L(", path
     assert "<script" not in to_html("<script>x</script> ``a`` *b*")
+
+
+def test_a_table_of_another_version_is_no_traceback(study, tmp_path):
+    stem = shutil.copytree(study.study, tmp_path / study.name) / "fits" / "pareto_ratio"
+    write_table(pd.read_parquet(stem.with_suffix(".parquet")).drop(columns=["arch", "other"]), stem)
+    with pytest.raises(FigureError, match=r"not as this version writes it \(.*arch.*run the workflow again"):
+        write_page(StudyPaths(tmp_path, study.name, "tokens"), CONFIG, CAPTIONS, published=False, inference=True)
 
 
 def test_the_published_study(paper, tmp_path):

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from xlstm_scaling.figures.registry import CATEGORIES, FIGURES, ON_DEMAND
 from xlstm_scaling.figures.style import flops, si
-from xlstm_scaling.figures.tables import Tables
+from xlstm_scaling.figures.tables import FigureError, Tables
 from xlstm_scaling.planning import PlanningError
 from xlstm_scaling.planning.maps import study_laws, swept_budget
 from xlstm_scaling.report.comparison import VERDICTS, comparable
@@ -58,12 +58,17 @@ def write_page(
 
     Raises:
         FileNotFoundError: there is neither a plan nor a table of runs: nothing to report.
+        FigureError: a table is not as this version of the code writes it.
     """
     if not any((paths.study / name).is_file() for name in ("runs.parquet", "plan/plan.json")):
         stage = "ingest" if published else "plan"
         raise FileNotFoundError(f"nothing to report in {paths.study}: run the study, or at least its stage `{stage}`")
     path = paths.study / "report.html"
-    text = render(page_context(paths, config, caption_folder, published, inference))
+    try:
+        text = render(page_context(paths, config, caption_folder, published, inference))
+    except (AttributeError, KeyError) as error:  # a column, most often
+        message = f"a table in {paths.study} is not as this version writes it ({error}): run the workflow again"
+        raise FigureError(message) from error
     write_text_atomic(path, text)
     log.info("%s: %.1f MB", path, len(text.encode()) / 1e6)
     return path
