@@ -131,3 +131,14 @@ def test_an_unknown_setting_is_named(monkeypatch):
     monkeypatch.setenv(tiles.SETTING_VARIABLE, "on")
     with pytest.raises(ValueError, match=f"{tiles.SETTING_VARIABLE}='on' is not one of auto, off, emulated"):
         tiles.library_with_tiles("mlstm")
+
+
+def test_kernels_ask_for_the_units_in_their_own_process(tmp_path):
+    """A process that has not asked Linux for them is ended by its first instruction: the machine code asks."""
+    command = [*build.compiler(), "-O1", "-std=c++17", "-march=sapphirerapids", "-DTILES=1", "-S"]
+    source, out = build.FOLDER / "mlstm.cpp", tmp_path / "mlstm.s"
+    if subprocess.run([*command, str(source), "-o", str(out)], capture_output=True, check=False).returncode:
+        pytest.skip("this compiler does not know CPUs with matrix units")
+    text = out.read_text()
+    assert "tdpbf16ps" in text
+    assert text.count("syscall") >= 2  # forward and backward

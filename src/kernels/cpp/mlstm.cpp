@@ -279,6 +279,7 @@ template <class X, class T> struct Head {
 };
 
 template <class X, class T, bool BACKWARD> int run(const Problem &p) {
+  if (Head<X, T>::TILED && !tiles_permitted()) return 2;  // a process asks for itself
   const Head<X, T> head(p);
   const size_t size = (BACKWARD ? head.backward_size() : head.forward_size()) * sizeof(T), bytes = (size + 4095) / 4096 * 4096;
   char *memory = (char *)std::aligned_alloc(4096, bytes * p.threads);
@@ -303,7 +304,7 @@ template <class X, class T, bool BACKWARD> int run(const Problem &p) {
 }
 
 extern "C" {
-// 0, or 1 where there is no memory. type of q, k, v, h: 0 fp32, 1 bf16, 2 fp64
+// 0, 1 where there is no memory, 2 where the system refuses the tiles. type of q, k, v, h: 0 fp32, 1 bf16, 2 fp64
 int mlstm_forward(const Problem *p, int type) {
   return type == 0 ? run<float, float, false>(*p) : type == 1 ? run<bfloat16, float, false>(*p) : run<double, double, false>(*p);
 }

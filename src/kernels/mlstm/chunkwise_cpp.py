@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from xlstm_scaling.kernels.cpp.tiles import library_with_tiles
+from xlstm_scaling.kernels.cpp.tiles import SETTING_VARIABLE, library_with_tiles
 from xlstm_scaling.kernels.mlstm.chunkwise_cpu import PAD_FORGET, default_chunk_size
 from xlstm_scaling.kernels.mlstm.gates import LOWEST, ChunkGates, chunk_gates, gate_gradients
 from xlstm_scaling.kernels.mlstm.state import EPS, MLSTMState, check_inputs, state_dtype
@@ -140,7 +140,10 @@ def _problem(gates: ChunkGates, q: Tensor, v: Tensor, **fields: Any) -> _Problem
 
 
 def _run(function: str, problem: _Problem, dtype: torch.dtype) -> None:
-    if getattr(library_with_tiles("mlstm"), function)(ctypes.byref(problem), _TYPES[dtype]):
+    status = getattr(library_with_tiles("mlstm"), function)(ctypes.byref(problem), _TYPES[dtype])
+    if status == 2:
+        raise RuntimeError(f"the system refuses this process the CPU's matrix units: set {SETTING_VARIABLE}=off")
+    if status:
         raise MemoryError("no memory for the scratch space of the mLSTM")
 
 
